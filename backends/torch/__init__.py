@@ -1,0 +1,21 @@
+"""normkit for PyTorch: drop-in layers, and any definition as a ``torch.nn.Module``.
+
+>>> import torch, normkit as nk, normkit.torch
+>>> block = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), nk.torch.BatchNorm2d(8))
+>>> block(torch.randn(4, 1, 5, 5)).shape
+torch.Size([4, 8, 3, 3])
+>>> nk.torch.layer(nk.LayerNorm.flax(16))
+LayerNorm((16,), eps=1e-06, elementwise_affine=True, bias=True)
+"""
+
+from normkit._extras import require as _require
+
+_require("torch", "normkit.torch", "torch")
+
+from normkit.torch._batch_norm import BatchNorm as BatchNorm  # noqa: E402
+from normkit.torch._batch_norm import BatchNorm1d as BatchNorm1d  # noqa: E402
+from normkit.torch._batch_norm import BatchNorm2d as BatchNorm2d  # noqa: E402
+from normkit.torch._batch_norm import BatchNorm3d as BatchNorm3d  # noqa: E402
+from normkit.torch._layer_norm import LayerNorm as LayerNorm  # noqa: E402
+from normkit.torch._portable import definition as definition  # noqa: E402
+from normkit.torch._portable import layer as layer  # noqa: E402

@@ -1,0 +1,25 @@
+"""PyTorch's answers to what the engine asks of an array library."""
+
+from __future__ import annotations
+
+import array_api_compat.torch as xp
+
+import torch
+from normkit._backend import Array, Backend
+
+
+class TorchBackend(Backend):
+    def constant(self, x: Array) -> Array:
+        return x.detach()
+
+    def is_visible(self, x: Array) -> bool:
+        # A fake tensor is of another type; a tensor inside vmap or jvp is not.
+        return (
+            type(x) in (torch.Tensor, torch.nn.Parameter)
+            and x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        )
+
+
+BACKEND = TorchBackend(xp)

@@ -1,0 +1,177 @@
+"""BatchNorm for PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import normkit as nk
+import torch
+from normkit import _checks
+from normkit._batch_norm import apply_batch_norm
+from normkit._statistics import statistics_dtype
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ._backend import BACKEND
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalization over an input of any rank from 2 up.
+
+    ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one, with their arguments, parameters, buffers
+    and train/eval rules, and a little more. Unlike theirs, its results are right to the last
+    digits whatever the mean of the input is, and a step that is refused changes no buffer.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
+            ``torch.nn.BatchNorm2d``. ``momentum=None`` is the cumulative average.
+        axis: the channel axis.
+        correction: which estimate ``running_var`` uses: 1 the unbiased one, 0 the population
+            variance.
+        scale: whether there is a ``weight``, if ``affine``.
+
+    Shape: ``(N, C, ...)``, or C at ``axis``; the output is alike.
+
+    >>> bn = BatchNorm(3)
+    >>> bn(torch.randn(8, 3, 5)).shape
+    torch.Size([8, 3, 5])
+    """
+
+    axis: int = 1
+    correction: int = 1
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        axis: int = 1,
+        correction: int = 1,
+        scale: bool = True,
+    ) -> None:
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
+            bias=bias,
+        )
+        _checks.estimator(correction)
+        self.axis = axis
+        self.correction = correction
+        if not scale:
+            self.register_parameter("weight", None)
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        for parameter, value in ((self.weight, 1.0), (self.bias, 0.0)):
+            if parameter is not None:
+                nn.init.constant_(parameter, value)
+
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``input``; ``mask`` says which values count (see ``nk.BatchNorm.apply``)."""
+        self._check_input_dim(input)
+        axis = self._check_input(input)
+        if mask is not None:
+            mask = _checks.weights_for(input, mask, axis, statistics_dtype(input, BACKEND), BACKEND)
+        state = {}
+        if self.running_mean is not None and (self.track_running_stats or not self.training):
+            state = {"mean": self.running_mean, "var": self.running_var}
+            if self.num_batches_tracked is not None:
+                state["count"] = self.num_batches_tracked
+        y, new = apply_batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            state,
+            axis=axis,
+            eps=self.eps,
+            decay=None if self.momentum is None else 1 - self.momentum,
+            correction=self.correction,
+            training=self.training,
+            weights=mask,
+            backend=BACKEND,
+        )
+        # In place, so that whoever holds the buffers (DDP, an averaged model) sees the update.
+        if new is not state:
+            with torch.no_grad():
+                for name, buffer in state.items():
+                    buffer.copy_(new[name])
+        return y
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        _checks.rank(input, 2, "BatchNorm")
+
+    def _check_input(self, x: Tensor) -> int:
+        _checks.floating(x, BACKEND)
+        (axis,) = _checks.axes_in_range(self.axis, x.ndim)
+        _checks.lengths(x, (axis,), (self.num_features,), self)
+        if self.training or self.running_mean is None:
+            _checks.epsilon(self.eps)
+            _checks.values_per_channel(BACKEND.size(x, tuple(set(range(x.ndim)) - {axis})))
+        return axis
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        for name, usual in (("axis", 1), ("correction", 1)):
+            if getattr(self, name) != usual:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d``, for ``(N, C)`` and ``(N, C, L)``. See :class:`BatchNorm`."""
+
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d``, for ``(N, C, H, W)``. See :class:`BatchNorm`."""
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d``, for ``(N, C, D, H, W)``. See :class:`BatchNorm`."""
+
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+
+def build(definition: nk.BatchNorm, **options: Any) -> BatchNorm:
+    """The layer that ``definition`` describes."""
+    return BatchNorm(
+        definition.num_features,
+        definition.eps,
+        # Rounded so that the decay comes back as it was written.
+        None if definition.decay is None else round(1 - definition.decay, 15),
+        definition.scale or definition.bias,
+        definition.track_running_stats,
+        bias=definition.bias,
+        scale=definition.scale,
+        axis=definition.axis,
+        correction=definition.correction,
+        **options,
+    )
+
+
+def describe(layer: _BatchNorm) -> nk.BatchNorm:
+    """The definition of ``layer``, a native one or normkit's."""
+    return nk.BatchNorm(
+        layer.num_features,
+        axis=getattr(layer, "axis", 1),
+        eps=layer.eps,
+        decay=None if layer.momentum is None else round(1 - layer.momentum, 15),
+        correction=getattr(layer, "correction", 1),
+        scale=layer.weight is not None,
+        bias=layer.bias is not None,
+        track_running_stats=layer.running_mean is not None,
+    )

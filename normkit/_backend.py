@@ -1,0 +1,48 @@
+"""The seam between the engine and an array library.
+
+The engine is written once, against the Array API. What it needs beyond the standard is
+asked of a :class:`Backend`; the plain answers stand here, and ``backends/<name>/_backend.py``
+overrides those for which its framework has a better one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Array = Any
+Count = Any  # an int, or an array where counts differ or are not known yet
+Namespace = Any
+DType = Any
+
+
+class Backend:
+    """What the engine asks of an array library. Every method here is the plain answer."""
+
+    def __init__(self, xp: Namespace) -> None:
+        self.xp = xp
+
+    def constant(self, x: Array) -> Array:
+        """``x`` as a value through which no derivative passes."""
+        return x
+
+    def size(self, x: Array, axes: tuple[int, ...]) -> Count:
+        """Number of elements along ``axes``: an int, or a scalar array where not known yet."""
+        return math.prod([x.shape[axis] for axis in axes])
+
+    def is_floating(self, dtype: DType) -> bool:
+        """Whether ``dtype`` is a real floating-point type of this library."""
+        return bool(self.xp.isdtype(dtype, "real floating"))
+
+    def is_visible(self, x: Array) -> bool:
+        """Whether the values of ``x`` can be read now, without tracing or waiting for a device."""
+        return False
+
+    def device(self, x: Array) -> Any:
+        """Where ``x`` lives, as ``device=`` of the namespace's creation functions takes it."""
+        return x.device
+
+
+def is_array(count: Count) -> bool:
+    """Whether a count is an array. If not it is a number, which may be symbolic."""
+    return hasattr(count, "shape")

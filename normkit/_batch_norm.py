@@ -1,0 +1,288 @@
+"""BatchNorm: statistics over every axis but the channels', remembered for inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from normkit import _checks
+from normkit._arrays import backend_of
+from normkit._backend import Array, Backend, DType, Namespace, is_array
+from normkit._definition import Definition, Params, State
+from normkit._engine import normalize, standardize, with_rank
+from normkit._statistics import Axes, Moments, cast, statistics_dtype
+
+
+@dataclass(frozen=True)
+class BatchNorm(Definition):
+    """Batch normalization of each channel: ``(x - mean) / sqrt(variance + eps) * scale + bias``.
+
+    In training, mean and population variance are those of the batch, taken over every axis but
+    ``axis``, and the running statistics follow them::
+
+        running = decay * running + (1 - decay) * batch
+
+    Otherwise the running statistics are used. The defaults are PyTorch's; frameworks differ in
+    all of them, so there is a constructor for each: :meth:`torch`, :meth:`keras`, :meth:`flax`.
+
+    Args:
+        num_features: number of channels.
+        axis: the channel axis.
+        eps: added to the variance, inside the square root.
+        decay: the share of the running statistics that a step keeps, from 0 to 1 (0.9 is what
+            PyTorch calls momentum 0.1 and Keras momentum 0.9). None: the running statistics are
+            the average over all batches so far.
+        correction: which estimate of the variance is remembered: 1 the unbiased one (divided by
+            n - 1), 0 the population variance. The batch itself is always normalized with the
+            latter.
+        scale, bias: whether the layer has them.
+        track_running_stats: whether to remember statistics. If not, those of the batch are used
+            in inference too.
+
+    Raises:
+        ValueError, TypeError: an argument is not what it must be.
+
+    Source: Ioffe & Szegedy, "Batch Normalization", ICML 2015, arXiv:1502.03167.
+
+    >>> import numpy as np, normkit as nk
+    >>> bn = nk.BatchNorm(3)
+    >>> params, state = bn.init()
+    >>> x = np.arange(24, dtype="float32").reshape(2, 3, 4)
+    >>> y, state = bn.apply(params, state, x, training=True)
+    >>> [round(float(v), 4) for v in (y.mean(), y.var(), state["mean"][0])]
+    [0.0, 1.0, 0.75]
+    """
+
+    num_features: int
+    axis: int = 1
+    eps: float = 1e-5
+    decay: float | None = 0.9
+    correction: int = 1
+    scale: bool = True
+    bias: bool = True
+    track_running_stats: bool = True
+
+    def __post_init__(self) -> None:
+        _checks.length(self.num_features, "num_features")
+        _checks.axis_number(self.axis)
+        _checks.epsilon(self.eps)
+        _checks.decay_rate(self.decay)
+        _checks.estimator(self.correction)
+
+    @classmethod
+    def torch(cls, num_features: int, **changes: Any) -> BatchNorm:
+        """With the defaults of ``torch.nn.BatchNorm2d``, which are this class's own."""
+        return cls(num_features, **changes)
+
+    @classmethod
+    def keras(cls, num_features: int, **changes: Any) -> BatchNorm:
+        """With the defaults of ``keras.layers.BatchNormalization``."""
+        return cls(
+            num_features, **{"axis": -1, "eps": 1e-3, "decay": 0.99, "correction": 0} | changes
+        )
+
+    @classmethod
+    def flax(cls, num_features: int, **changes: Any) -> BatchNorm:
+        """With the defaults of ``flax.nnx.BatchNorm`` and ``flax.linen.BatchNorm``."""
+        return cls(num_features, **{"axis": -1, "decay": 0.99, "correction": 0} | changes)
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        return (self.num_features,)
+
+    def parameter_axes(self, ndim: int) -> Axes:
+        return _checks.axes_in_range(self.axis, ndim)
+
+    def reduced_axes(self, ndim: int) -> Axes:
+        (channel,) = self.parameter_axes(ndim)
+        return tuple(axis for axis in range(ndim) if axis != channel)
+
+    def apply(
+        self,
+        params: Params,
+        state: State,
+        x: Array,
+        *,
+        training: bool = False,
+        mask: Array | None = None,
+    ) -> tuple[Array, State]:
+        """Normalize ``x``; return the result and the new state. Nothing given is changed.
+
+        Args:
+            params, state: as from :meth:`init`.
+            x: array of at least two dimensions, ``num_features`` long along ``axis``.
+            training: use the statistics of ``x`` and update the running ones; else use the
+                running ones.
+            mask: which values count (booleans), or how often (nonnegative numbers): of the shape
+                of ``x``, broadcastable to it at equal rank, or without the channel axis. The rest
+                takes no part, even if it is NaN, and comes out as ``bias``. A channel in which no
+                more values count than ``correction`` keeps its running statistics.
+
+        Returns:
+            ``(y, state)``; ``y`` has the shape and dtype of ``x``.
+
+        Raises:
+            TypeError: ``x`` is not real floating point.
+            ValueError: a shape does not fit, or in training a channel has a single value.
+        """
+        _checks.rank(x, 2, "BatchNorm")
+        backend, weights = self._check(params, x, mask)
+        _checks.keys(
+            state, dict.fromkeys(("mean", "var", "count"), self.track_running_stats), "state"
+        )
+        for name in ("mean", "var")[: len(state)]:
+            _checks.parameter(state[name], self.parameter_shape, name, backend)
+        if training or not state:
+            _checks.values_per_channel(backend.size(x, self.reduced_axes(len(x.shape))))
+        return apply_batch_norm(
+            x,
+            params.get("scale"),
+            params.get("bias"),
+            state,
+            axis=self.axis,
+            eps=self.eps,
+            decay=self.decay,
+            correction=self.correction,
+            training=training,
+            weights=weights,
+            backend=backend,
+        )
+
+    def _initial_state(self, xp: Namespace, dtype: DType, place: dict[str, Any]) -> State:
+        if not self.track_running_stats:
+            return {}
+        return {
+            "mean": xp.zeros(self.parameter_shape, dtype=dtype, **place),
+            "var": xp.ones(self.parameter_shape, dtype=dtype, **place),
+            "count": xp.asarray(0, **place),
+        }
+
+
+def apply_batch_norm(
+    x: Array,
+    scale: Array | None,
+    bias: Array | None,
+    state: State,
+    *,
+    axis: int,
+    eps: float,
+    decay: float | None,
+    correction: int,
+    training: bool,
+    weights: Array | None = None,
+    dtype: DType | None = None,
+    backend: Backend,
+) -> tuple[Array, State]:
+    """What :meth:`BatchNorm.apply` does once everything is checked: adapters call this.
+
+    ``scale`` and ``bias`` are (C,), ``weights`` of the rank of ``x``; ``state`` is empty, or has
+    ``mean`` and ``var``, and ``count`` if anyone wants the batches counted.
+    """
+    ndim = len(x.shape)
+    channel = axis % ndim
+
+    def wide(p: Array | None) -> Array | None:
+        return None if p is None else with_rank(p, (channel,), ndim, backend)
+
+    scale, bias = wide(scale), wide(bias)
+    if training or not state:
+        axes = tuple(a for a in range(ndim) if a != channel)
+        y, batch = standardize(
+            x, axes, scale, bias, eps=eps, weights=weights, dtype=dtype, backend=backend
+        )
+        if training and state:
+            state = updated(state, batch, decay, correction, backend)
+        return y, state
+    y = normalize(
+        x,
+        wide(state["mean"]),
+        wide(state["var"]),
+        scale,
+        bias,
+        eps=eps,
+        weights=weights,
+        dtype=dtype,
+        backend=backend,
+    )
+    return y, state
+
+
+def updated(
+    state: State, batch: Moments, decay: float | None, correction: int, backend: Backend
+) -> State:
+    """The running statistics after ``batch``; no derivative passes through them.
+
+    Where the batch holds no more values than ``correction``, it does not define a variance, and
+    the running statistics stay as they are.
+    """
+    xp = backend.xp
+    enough = batch.count > correction
+    if not is_array(enough) and not enough:
+        return state
+    dtype = statistics_dtype(state["mean"], backend)
+    if decay is None:
+        keep = 1 - 1 / (cast(state["count"], dtype, backend) + 1)
+    else:
+        keep = decay
+    new = {}
+    for name, found in (("mean", batch.mean), ("var", batch.estimate(correction))):
+        old = state[name]
+        value = cast(xp.reshape(backend.constant(found), old.shape), dtype, backend)
+        value = keep * cast(old, dtype, backend) + (1 - keep) * value
+        value = cast(value, old.dtype, backend)
+        if is_array(enough):
+            moved = xp.reshape(xp.broadcast_to(enough, found.shape), old.shape)
+            value = xp.where(moved, value, old)
+        new[name] = value
+    if "count" in state:
+        count = state["count"]
+        new["count"] = count + (xp.astype(xp.any(enough), count.dtype) if is_array(enough) else 1)
+    return new
+
+
+def batch_norm(
+    x: Array,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    mask: Array | None = None,
+) -> Array:
+    """Normalize each channel of ``x`` with the batch's own mean and population variance.
+
+    Args:
+        x: array of at least two dimensions.
+        scale, bias: one value a channel, shape (C,).
+        axis: the channel axis; C is the length of ``x`` along it.
+        eps: added to the variance, inside the square root.
+        mask: see :meth:`BatchNorm.apply`.
+
+    Returns:
+        ``(x - mean) / sqrt(variance + eps) * scale + bias``, with the shape and dtype of ``x``.
+
+    Raises:
+        TypeError: ``x`` is not real floating point.
+        ValueError: a shape does not fit, ``eps`` is not above 0, or a channel has a single value.
+
+    The same as ``torch.nn.functional.batch_norm(x, None, None, scale, bias, training=True)``.
+
+    >>> import numpy as np, normkit as nk
+    >>> nk.batch_norm(np.array([[1.0, 10.0], [3.0, 30.0]]), eps=1e-12).round(6).tolist()
+    [[-1.0, -1.0], [1.0, 1.0]]
+    """
+    backend = backend_of(x)
+    _checks.floating(x, backend)
+    _checks.rank(x, 2, "batch_norm")
+    (channel,) = _checks.axes_in_range(axis, len(x.shape))
+    layer = BatchNorm(
+        x.shape[channel],
+        axis,
+        eps,
+        scale=scale is not None,
+        bias=bias is not None,
+        track_running_stats=False,
+    )
+    params = {"scale": scale, "bias": bias}
+    given = {name: p for name, p in params.items() if p is not None}
+    return layer.apply(given, {}, x, training=True, mask=mask)[0]

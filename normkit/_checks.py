@@ -1,0 +1,226 @@
+"""What arguments must be. Each sentence gives the rule, what came, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from normkit._backend import Array, Backend, Count, DType, is_array
+
+
+def floating(x: Array, backend: Backend, name: str = "x") -> None:
+    """Real floating-point arrays only: of anything else the mean is not of the same kind."""
+    if not backend.is_floating(x.dtype):
+        msg = (
+            f"{name} must hold real floating-point numbers, but its dtype is {x.dtype}; "
+            f"convert it first, for example to float32."
+        )
+        raise TypeError(msg)
+
+
+def axes_in_range(axes: Any, ndim: int) -> tuple[int, ...]:
+    """``axes`` as nonnegative numbers in ascending order; all of them if None."""
+    if axes is None:
+        return tuple(range(ndim))
+    given = axes if isinstance(axes, Sequence) else (axes,)
+    found = []
+    for axis in given:
+        axis_number(axis)
+        if not -ndim <= axis < ndim:
+            msg = (
+                f"axis {axis} is out of range for an array of {ndim} dimensions; "
+                f"use one from {-ndim} to {ndim - 1}."
+            )
+            raise ValueError(msg)
+        found.append(int(axis) % ndim)
+    if len(set(found)) < len(found):
+        msg = f"each axis may be named once, but got {tuple(given)} for {ndim} dimensions."
+        raise ValueError(msg)
+    return tuple(sorted(found))
+
+
+def epsilon(eps: Any) -> None:
+    """``eps`` is a finite positive number."""
+    if not isinstance(eps, Real) or not (eps > 0 and math.isfinite(eps)):
+        msg = f"eps must be a finite number above 0, but got {eps!r}; 1e-5 is a common choice."
+        raise ValueError(msg)
+
+
+def decay_rate(decay: Any) -> None:
+    """``decay`` is a fraction, or None for the cumulative average."""
+    if decay is not None and not (isinstance(decay, Real) and 0 <= decay <= 1):
+        msg = (
+            f"decay must be a number from 0 to 1, or None for the cumulative average, but got "
+            f"{decay!r}; it is the share of the running statistics that a step keeps, so "
+            f"PyTorch's momentum=0.1 is decay=0.9."
+        )
+        raise ValueError(msg)
+
+
+def estimator(correction: Any) -> None:
+    """``correction`` is 0 (population variance) or 1 (unbiased estimate)."""
+    if isinstance(correction, bool) or correction not in (0, 1):
+        msg = (
+            f"correction must be 0 or 1, but got {correction!r}; 1 tracks the unbiased variance "
+            f"(as PyTorch does), 0 the population variance (as Keras and Flax do)."
+        )
+        raise ValueError(msg)
+
+
+def length(value: Any, name: str) -> None:
+    """A number of features: a positive integer."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        msg = f"{name} must be a positive integer, but got {value!r}."
+        raise ValueError(msg)
+
+
+def axis_number(axis: Any) -> None:
+    """One axis, by its position."""
+    if not isinstance(axis, Integral) or isinstance(axis, bool):
+        msg = f"an axis must be an integer, but got {axis!r}; name axes by their position."
+        raise TypeError(msg)
+
+
+def rank(x: Array, least: int, what: str) -> None:
+    """Enough dimensions to have something to reduce."""
+    if len(x.shape) < least:
+        msg = (
+            f"{what} needs an array of at least {least} dimensions, but x has shape "
+            f"{tuple(x.shape)}; add a batch axis."
+        )
+        raise ValueError(msg)
+
+
+def lengths(x: Array, axes: tuple[int, ...], expected: tuple[int, ...], what: Any) -> None:
+    """``x`` is as long along ``axes`` as its layer was defined to be."""
+    found = tuple(x.shape[axis] for axis in axes)
+    if any(n not in (None, want) for n, want in zip(found, expected, strict=True)):
+        msg = (
+            f"{what!r} needs an x of lengths {expected} along its axes {axes}, but x has shape "
+            f"{tuple(x.shape)}: lengths {found}. Define the layer for these, or move the axes of x."
+        )
+        raise ValueError(msg)
+
+
+def keys(given: Mapping[str, Array], wanted: Mapping[str, bool], what: str) -> None:
+    """Exactly the arrays that the layer has."""
+    expected = sorted(name for name, has in wanted.items() if has)
+    if sorted(given) != expected:
+        msg = (
+            f"{what} must have the keys {expected}, but has {sorted(given)}; "
+            f"start from the layer's own init()."
+        )
+        raise ValueError(msg)
+
+
+def parameter(p: Array, shape: tuple[int, ...], name: str, backend: Backend) -> None:
+    """A parameter has the shape of the axes that it belongs to."""
+    floating(p, backend, name)
+    if tuple(p.shape) != shape:
+        msg = (
+            f"{name} must have shape {shape}, one value for each position along the "
+            f"axes it belongs to, but its shape is {tuple(p.shape)}."
+        )
+        raise ValueError(msg)
+
+
+def broadcasts(p: Array, x: Array, name: str) -> None:
+    """The shape of ``p`` broadcasts to that of ``x``."""
+    shape, full = tuple(p.shape), tuple(x.shape)
+    last = full[len(full) - len(shape) :]
+    if len(shape) > len(full) or any(
+        n not in (1, m) and None not in (n, m) for n, m in zip(shape, last, strict=True)
+    ):
+        msg = (
+            f"{name} must broadcast to the shape of x, {full}, but its shape is {shape}; give it "
+            f"the rank of x, with length 1 along the axes it does not depend on."
+        )
+        raise ValueError(msg)
+
+
+def values_per_channel(count: Count) -> None:
+    """More than one value to take the statistics of a channel from."""
+    if not is_array(count) and count == 1:
+        msg = (
+            "BatchNorm in training needs more than one value per channel, but got one: its "
+            "variance is not defined. Use a larger batch, or training=False."
+        )
+        raise ValueError(msg)
+
+
+def weights_for(
+    x: Array, weights: Array, channel: int | None, dtype: DType, backend: Backend
+) -> Array:
+    """``weights`` (or a mask) in ``dtype``, with the rank of ``x``, ready to broadcast.
+
+    Without a ``channel`` axis they broadcast by the usual rule. With one, they have the rank of
+    ``x``, or one less: then they lack the channel axis.
+    """
+    xp = backend.xp
+    weights = xp.asarray(weights)
+    shape, full = tuple(weights.shape), tuple(x.shape)
+    if channel is not None and len(shape) == len(full) - 1:
+        shape = (*shape[:channel], 1, *shape[channel:])
+    elif channel is None:
+        shape = (1,) * (len(full) - len(shape)) + shape
+    fits = len(shape) == len(full) and all(
+        w in (1, n) or w is None or n is None for w, n in zip(shape, full, strict=True)
+    )
+    if not fits:
+        rule = (
+            "broadcast to the shape of x"
+            if channel is None
+            else "have the shape of x, broadcast to it at equal rank, or lack only the channel axis"
+        )
+        msg = (
+            f"a mask or weights must {rule}, but its shape is {tuple(weights.shape)} and x has "
+            f"shape {full}; reshape it first."
+        )
+        raise ValueError(msg)
+    if xp.isdtype(weights.dtype, "complex floating"):
+        msg = (
+            f"a mask or weights must be booleans or nonnegative numbers, but the dtype is "
+            f"{weights.dtype}."
+        )
+        raise TypeError(msg)
+    if not xp.isdtype(weights.dtype, "bool") and backend.is_visible(weights):
+        if not bool(xp.all(weights >= 0)):
+            msg = (
+                "weights must not be negative, nor NaN: they say how often each value counts, and "
+                "0 leaves it out."
+            )
+            raise ValueError(msg)
+    if len(shape) != len(weights.shape):
+        weights = (
+            xp.expand_dims(weights, axis=channel)
+            if channel is not None
+            else xp.reshape(weights, shape)
+        )
+    return xp.astype(weights, dtype)
+
+
+def same_number(shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    """A layer names one axis for each length, and at least one."""
+    if len(shape) != len(axes) or not shape:
+        msg = (
+            f"shape and axes must name the same number of axes, one at least, but got shape "
+            f"{shape} and axes {axes}."
+        )
+        raise ValueError(msg)
+
+
+def no_definition(value: Any) -> TypeError:
+    """What was given as a definition is none."""
+    msg = f"a layer is built from a definition such as nk.BatchNorm(64), but got {value!r}."
+    return TypeError(msg)
+
+
+def no_layer(value: Any) -> TypeError:
+    """What was given as a layer is none whose definition is known."""
+    msg = (
+        f"a definition can be read from a BatchNorm or LayerNorm layer, but got a "
+        f"{type(value).__name__}."
+    )
+    return TypeError(msg)

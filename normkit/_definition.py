@@ -1,0 +1,82 @@
+"""What every layer definition has in common: its parameters, its axes, and the checks of x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.numpy
+
+from normkit import _checks
+from normkit._arrays import backend_of, backend_of_namespace
+from normkit._backend import Array, Backend, DType, Namespace
+from normkit._statistics import Axes, statistics_dtype
+
+Params = dict[str, Array]
+State = dict[str, Array]
+
+
+class Definition:
+    """A layer as a value of no framework; each kind of layer is a frozen dataclass.
+
+    A layer says which shape its parameters have, along which axes of x they lie, and over which
+    axes statistics are taken. Everything else follows.
+    """
+
+    scale: bool
+    bias: bool
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of ``scale`` and of ``bias``."""
+        raise NotImplementedError
+
+    def parameter_axes(self, ndim: int) -> Axes:
+        """The axes of an ``ndim``-dimensional x along which ``scale`` and ``bias`` lie."""
+        raise NotImplementedError
+
+    def reduced_axes(self, ndim: int) -> Axes:
+        """The axes of an ``ndim``-dimensional x over which statistics are taken."""
+        raise NotImplementedError
+
+    def init(
+        self, xp: Namespace = None, dtype: DType = None, device: Any = None
+    ) -> tuple[Params, State]:
+        """The parameters and state to start from.
+
+        Args:
+            xp: the namespace to make arrays in: ``numpy`` (the default), ``torch``, ``jax.numpy``,
+                ``tensorflow``, or any that follows the Array API.
+            dtype: of the parameters, float32 if None. The state is in float32 at least.
+            device: as the creation functions of ``xp`` take it.
+
+        Returns:
+            ``(params, state)``, dicts of arrays: ``scale`` (ones) and ``bias`` (zeros), as far as
+            the layer has them; and what the layer remembers, nothing unless it says so.
+        """
+        backend = backend_of_namespace(array_api_compat.numpy if xp is None else xp)
+        xp, place = backend.xp, {} if device is None else {"device": device}
+        dtype = xp.float32 if dtype is None else dtype
+        params = {}
+        if self.scale:
+            params["scale"] = xp.ones(self.parameter_shape, dtype=dtype, **place)
+        if self.bias:
+            params["bias"] = xp.zeros(self.parameter_shape, dtype=dtype, **place)
+        return params, self._initial_state(xp, xp.result_type(dtype, xp.float32), place)
+
+    def _initial_state(self, xp: Namespace, dtype: DType, place: dict[str, Any]) -> State:
+        return {}
+
+    def _check(self, params: Params, x: Array, mask: Array | None) -> tuple[Backend, Array | None]:
+        """Refuse what does not fit; return the backend, and the mask as weights of x's rank."""
+        backend = backend_of(x)
+        _checks.floating(x, backend)
+        axes = self.parameter_axes(len(x.shape))
+        _checks.lengths(x, axes, self.parameter_shape, self)
+        _checks.keys(params, {"scale": self.scale, "bias": self.bias}, "params")
+        for name, p in params.items():
+            _checks.parameter(p, self.parameter_shape, name, backend)
+        if mask is None:
+            return backend, None
+        return backend, _checks.weights_for(
+            x, mask, axes[-1], statistics_dtype(x, backend), backend
+        )

@@ -1,0 +1,216 @@
+"""Count, mean and variance: how they are taken, and how two of them become one.
+
+Each statistic is taken twice: roughly, and then again around that rough value, which is where
+a sum in floating point keeps its digits::
+
+    p = mean(x)        d = x - p        c = mean(d)        mean = p + c        e = d - c
+    q = mean(e*e)                       variance = q + mean(e*e - q)
+
+The differences d are exact where it matters, since p is near x. Neither the variance nor e changes
+when a constant is subtracted from x, so p and q are constants to the derivative as well: it passes
+through the second, exact half of each line only.
+
+This is the corrected two-pass algorithm on shifted data (Chan, Golub & LeVeque, "Algorithms for
+Computing the Sample Variance", The American Statistician 37(3), 1983). Its error grows neither
+with the mean nor with the number of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from normkit import _checks
+from normkit._arrays import backend_of
+from normkit._backend import Array, Backend, Count, DType, is_array
+
+Axes = tuple[int, ...]
+Average = Callable[[Array], Array]
+
+
+class Moments(NamedTuple):
+    """How many values, their mean and their population variance: enough to add more values later.
+
+    Two sets of values that never meet in memory have the same moments as their union, once
+    merged. That is how statistics are taken over batches, replicas, or a data set larger than
+    memory.
+
+    Attributes:
+        count: number of values behind each mean (the sum of the weights, if there were weights):
+            an int, or an array that broadcasts against ``mean``.
+        mean: the mean, in float32 or wider.
+        variance: the population variance (divided by ``count``), same shape as ``mean``.
+
+    Source: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
+    Sample Variances", Stanford STAN-CS-79-773, 1979.
+
+    >>> import numpy as np, normkit as nk
+    >>> x = np.arange(12.0).reshape(6, 2)
+    >>> total = nk.Moments.of(x[:4], 0).merge(nk.Moments.of(x[4:], 0))
+    >>> total.count, total.mean.tolist(), total.variance.round(4).tolist()
+    (6, [5.0, 6.0], [11.6667, 11.6667])
+    """
+
+    count: Count
+    mean: Array
+    variance: Array
+
+    @classmethod
+    def of(
+        cls,
+        x: Array,
+        axes: int | Axes | None = None,
+        *,
+        weights: Array | None = None,
+        keepdims: bool = False,
+    ) -> Moments:
+        """The moments of ``x`` over ``axes``. Arguments and errors: see :func:`moments`."""
+        backend = backend_of(x)
+        _checks.floating(x, backend)
+        reduced = _checks.axes_in_range(axes, len(x.shape))
+        if weights is not None:
+            weights = _checks.weights_for(x, weights, None, statistics_dtype(x, backend), backend)
+        x = cast(x, statistics_dtype(x, backend), backend)
+        _, kept = centre(x, reduced, weights, backend)
+        return kept if keepdims else kept.squeezed(reduced, backend)
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of values together. Merging with none of them changes nothing.
+
+        ``other`` has the same shapes, and is of the same array library.
+        """
+        backend = backend_of(self.mean)
+        count = self.count + other.count
+        share = _ratio(other.count, count, self.mean.dtype, backend)
+        delta = other.mean - self.mean
+        mean = self.mean + delta * share
+        spread = other.variance - self.variance + delta * delta * (1 - share)
+        return Moments(count, mean, self.variance + spread * share)
+
+    def estimate(self, correction: int = 1) -> Array:
+        """The variance divided by ``count - correction`` instead of ``count``.
+
+        With 1 this is the unbiased estimate of the variance of what the values were drawn from.
+        Where there are no more values than ``correction`` it is not defined, and the population
+        variance is returned.
+        """
+        if not correction:
+            return self.variance
+        backend = backend_of(self.mean)
+        if not is_array(self.count):
+            return self.variance * (
+                self.count / (self.count - correction) if self.count > correction else 1
+            )
+        count = cast(self.count, self.variance.dtype, backend)
+        enough = count > correction
+        one = backend.xp.ones_like(count)
+        left = backend.xp.where(enough, count - correction, one)
+        return self.variance * backend.xp.where(enough, count / left, one)
+
+    def squeezed(self, axes: Axes, backend: Backend) -> Moments:
+        """Without the reduced ``axes``, which are there with length 1."""
+
+        def squeeze(a: Array) -> Array:
+            return backend.xp.squeeze(a, axis=axes) if axes else a
+
+        scalar = not is_array(self.count) or len(self.count.shape) == 0
+        count = self.count if scalar else squeeze(self.count)
+        return Moments(count, squeeze(self.mean), squeeze(self.variance))
+
+
+def moments(
+    x: Array,
+    axes: int | Axes | None = None,
+    *,
+    weights: Array | None = None,
+    keepdims: bool = False,
+) -> tuple[Array, Array]:
+    """Mean and population variance of ``x`` over ``axes``.
+
+    Both are right to the last digits of their dtype whatever the mean of ``x`` is, and
+    differentiable to any order.
+
+    Args:
+        x: array of real floating-point numbers.
+        axes: axis or axes to reduce; all of them if None.
+        weights: how often each value counts: booleans, or nonnegative numbers, of a shape that
+            broadcasts to that of ``x``. A value of weight zero takes no part, even if it is NaN.
+        keepdims: keep the reduced axes, with length 1.
+
+    Returns:
+        ``(mean, variance)``, in float32 at least (float16 and bfloat16 input gives float32).
+        Of nothing (no elements, all weights zero) both are zero.
+
+    Raises:
+        TypeError: ``x`` is not real floating point.
+        ValueError: an axis is out of range or named twice; ``weights`` do not broadcast, or
+            are negative.
+
+    The same as ``tf.nn.moments(x, axes)`` and ``tf.nn.weighted_moments(x, axes, weights)``.
+
+    >>> import numpy as np, normkit as nk
+    >>> mean, variance = nk.moments(np.array([[1.0, 2.0], [3.0, 6.0]]), axes=0)
+    >>> mean.tolist(), variance.tolist()
+    ([2.0, 4.0], [1.0, 4.0])
+    """
+    _, mean, variance = Moments.of(x, axes, weights=weights, keepdims=keepdims)
+    return mean, variance
+
+
+def centre(x: Array, axes: Axes, weights: Array | None, backend: Backend) -> tuple[Array, Moments]:
+    """``x`` less its mean over ``axes``, and the moments it has (reduced axes kept).
+
+    ``x`` and ``weights`` have the statistics dtype and the same rank. Where a weight is zero,
+    ``x`` is replaced before any arithmetic, so that NaN or infinity there reaches nothing, and
+    the result is zero.
+    """
+
+    def select(a: Array) -> Array:
+        return a if weights is None else backend.xp.where(weights > 0, a, backend.xp.zeros_like(a))
+
+    x = select(x)
+    count, average = averaging(x, axes, weights, backend)
+    rough_mean = backend.constant(average(x))
+    shifted = select(x - rough_mean)
+    rest = average(shifted)
+    centred = select(shifted - rest)
+    squares = centred * centred
+    rough_variance = backend.constant(average(squares))
+    variance = rough_variance + average(squares - rough_variance)
+    return centred, Moments(count, rough_mean + rest, variance)
+
+
+def averaging(
+    x: Array, axes: Axes, weights: Array | None, backend: Backend
+) -> tuple[Count, Average]:
+    """The number of values along ``axes`` of ``x``, and the function that averages over them.
+
+    The average of nothing (an empty batch, weights that are all zero) is zero, never NaN.
+    """
+    xp = backend.xp
+    if weights is None:
+        count = backend.size(x, axes)
+        factor = _ratio(1, count, x.dtype, backend)
+        return count, lambda a: xp.sum(a, axis=axes, keepdims=True) * factor
+    weights = weights + xp.zeros_like(x)
+    total = xp.sum(weights, axis=axes, keepdims=True)
+    factor = _ratio(1, total, x.dtype, backend)
+    return total, lambda a: xp.sum(a * weights, axis=axes, keepdims=True) * factor
+
+
+def _ratio(part: Count, count: Count, dtype: DType, backend: Backend) -> Any:
+    """``part / count``, and zero where ``count`` is zero."""
+    if not is_array(count):
+        return part / count if count else 0.0
+    positive = backend.xp.where(count > 0, count, backend.xp.ones_like(count))
+    return (cast(part, dtype, backend) if is_array(part) else part) / cast(positive, dtype, backend)
+
+
+def statistics_dtype(x: Array, backend: Backend) -> DType:
+    """The dtype in which statistics are taken: that of ``x``, but float32 at least."""
+    return backend.xp.result_type(x.dtype, backend.xp.float32)
+
+
+def cast(x: Array, dtype: DType, backend: Backend) -> Array:
+    """``x`` in ``dtype``; itself if it has it already."""
+    return x if x.dtype == dtype else backend.xp.astype(x, dtype)
