@@ -23,7 +23,11 @@ class Backend:
         self.xp = xp
 
     def constant(self, x: Array) -> Array:
-        """``x`` as a value through which no derivative passes."""
+        """About ``x``: one and the same value wherever it is used, and no derivative through it.
+
+        It may differ from ``x`` by a few units in the last place. What matters is that a
+        compiler cannot have it in one rounding here and in another there.
+        """
         return x
 
     def size(self, x: Array, axes: tuple[int, ...]) -> Count:
@@ -33,6 +37,10 @@ class Backend:
     def is_floating(self, dtype: DType) -> bool:
         """Whether ``dtype`` is a real floating-point type of this library."""
         return bool(self.xp.isdtype(dtype, "real floating"))
+
+    def statistics_dtype(self, dtype: DType) -> DType:
+        """The dtype in which statistics of ``dtype`` are taken: itself, but float32 at least."""
+        return self.xp.result_type(dtype, self.xp.float32)
 
     def is_visible(self, x: Array) -> bool:
         """Whether the values of ``x`` can be read now, without tracing or waiting for a device."""

@@ -10,7 +10,7 @@ from normkit._arrays import backend_of
 from normkit._backend import Array, Backend, DType, Namespace, is_array
 from normkit._definition import Definition, Params, State
 from normkit._engine import normalize, standardize, with_rank
-from normkit._statistics import Axes, Moments, cast, statistics_dtype
+from normkit._statistics import Axes, Moments, cast
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class BatchNorm(Definition):
         return {
             "mean": xp.zeros(self.parameter_shape, dtype=dtype, **place),
             "var": xp.ones(self.parameter_shape, dtype=dtype, **place),
-            "count": xp.asarray(0, **place),
+            "count": xp.zeros((), dtype=xp.asarray(0).dtype, **place),
         }
 
 
@@ -164,7 +164,7 @@ def apply_batch_norm(
     bias: Array | None,
     state: State,
     *,
-    axis: int,
+    axis: int | Axes,
     eps: float,
     decay: float | None,
     correction: int,
@@ -175,18 +175,19 @@ def apply_batch_norm(
 ) -> tuple[Array, State]:
     """What :meth:`BatchNorm.apply` does once everything is checked: adapters call this.
 
-    ``scale`` and ``bias`` are (C,), ``weights`` of the rank of ``x``; ``state`` is empty, or has
-    ``mean`` and ``var``, and ``count`` if anyone wants the batches counted.
+    ``scale`` and ``bias`` have the lengths of ``x`` along ``axis``, which may be several axes in
+    ascending order; ``weights`` have the rank of ``x``. ``state`` is empty, or has ``mean`` and
+    ``var``, and ``count`` if anyone wants the batches counted.
     """
     ndim = len(x.shape)
-    channel = axis % ndim
+    channels = (axis % ndim,) if isinstance(axis, int) else axis
 
     def wide(p: Array | None) -> Array | None:
-        return None if p is None else with_rank(p, (channel,), ndim, backend)
+        return None if p is None else with_rank(p, channels, ndim, backend)
 
     scale, bias = wide(scale), wide(bias)
     if training or not state:
-        axes = tuple(a for a in range(ndim) if a != channel)
+        axes = tuple(a for a in range(ndim) if a not in channels)
         y, batch = standardize(
             x, axes, scale, bias, eps=eps, weights=weights, dtype=dtype, backend=backend
         )
@@ -219,7 +220,7 @@ def updated(
     enough = batch.count > correction
     if not is_array(enough) and not enough:
         return state
-    dtype = statistics_dtype(state["mean"], backend)
+    dtype = backend.statistics_dtype(state["mean"].dtype)
     if decay is None:
         keep = 1 - 1 / (cast(state["count"], dtype, backend) + 1)
     else:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from normkit._backend import Array, Backend, Count, DType, is_array
+from normkit._backend import Array, Backend, Count, is_array
 
 
 def floating(x: Array, backend: Backend, name: str = "x") -> None:
@@ -43,14 +43,16 @@ def axes_in_range(axes: Any, ndim: int) -> tuple[int, ...]:
 
 def epsilon(eps: Any) -> None:
     """``eps`` is a finite positive number."""
-    if not isinstance(eps, Real) or not (eps > 0 and math.isfinite(eps)):
+    value = float(eps) if isinstance(eps, Real) else math.nan
+    if not 0 < value < math.inf:
         msg = f"eps must be a finite number above 0, but got {eps!r}; 1e-5 is a common choice."
         raise ValueError(msg)
 
 
 def decay_rate(decay: Any) -> None:
     """``decay`` is a fraction, or None for the cumulative average."""
-    if decay is not None and not (isinstance(decay, Real) and 0 <= decay <= 1):
+    value = float(decay) if isinstance(decay, Real) else math.nan
+    if decay is not None and not 0 <= value <= 1:
         msg = (
             f"decay must be a number from 0 to 1, or None for the cumulative average, but got "
             f"{decay!r}; it is the share of the running statistics that a step keeps, so "
@@ -71,19 +73,23 @@ def estimator(correction: Any) -> None:
 
 def length(value: Any, name: str) -> None:
     """A number of features: a positive integer."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+    if not _is_integer(value) or value < 1:
         msg = f"{name} must be a positive integer, but got {value!r}."
         raise ValueError(msg)
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def axis_number(axis: Any) -> None:
     """One axis, by its position."""
-    if not isinstance(axis, Integral) or isinstance(axis, bool):
+    if not _is_integer(axis):
         msg = f"an axis must be an integer, but got {axis!r}; name axes by their position."
         raise TypeError(msg)
 
 
-def rank(x: Array, least: int, what: str) -> None:
+def rank(x: Array, least: int, what: Any) -> None:
     """Enough dimensions to have something to reduce."""
     if len(x.shape) < least:
         msg = (
@@ -98,13 +104,13 @@ def lengths(x: Array, axes: tuple[int, ...], expected: tuple[int, ...], what: An
     found = tuple(x.shape[axis] for axis in axes)
     if any(n not in (None, want) for n, want in zip(found, expected, strict=True)):
         msg = (
-            f"{what!r} needs an x of lengths {expected} along its axes {axes}, but x has shape "
+            f"{what} needs an x of lengths {expected} along its axes {axes}, but x has shape "
             f"{tuple(x.shape)}: lengths {found}. Define the layer for these, or move the axes of x."
         )
         raise ValueError(msg)
 
 
-def keys(given: Mapping[str, Array], wanted: Mapping[str, bool], what: str) -> None:
+def keys(given: Mapping[str, Array], wanted: Mapping[str, bool], what: Any) -> None:
     """Exactly the arrays that the layer has."""
     expected = sorted(name for name, has in wanted.items() if has)
     if sorted(given) != expected:
@@ -140,6 +146,13 @@ def broadcasts(p: Array, x: Array, name: str) -> None:
         raise ValueError(msg)
 
 
+def same_shape(a: Array, x: Array, name: str) -> None:
+    """One value for each of ``x``."""
+    if tuple(a.shape) != tuple(x.shape):
+        msg = f"{name} must have the shape {tuple(x.shape)}, but its shape is {tuple(a.shape)}."
+        raise ValueError(msg)
+
+
 def values_per_channel(count: Count) -> None:
     """More than one value to take the statistics of a channel from."""
     if not is_array(count) and count == 1:
@@ -150,10 +163,8 @@ def values_per_channel(count: Count) -> None:
         raise ValueError(msg)
 
 
-def weights_for(
-    x: Array, weights: Array, channel: int | None, dtype: DType, backend: Backend
-) -> Array:
-    """``weights`` (or a mask) in ``dtype``, with the rank of ``x``, ready to broadcast.
+def weights_for(x: Array, weights: Array, channel: int | None, backend: Backend) -> Array:
+    """``weights`` (or a mask) in the statistics dtype, with the rank of ``x``, ready to broadcast.
 
     Without a ``channel`` axis they broadcast by the usual rule. With one, they have the rank of
     ``x``, or one less: then they lack the channel axis.
@@ -198,7 +209,7 @@ def weights_for(
             if channel is not None
             else xp.reshape(weights, shape)
         )
-    return xp.astype(weights, dtype)
+    return xp.astype(weights, backend.statistics_dtype(x.dtype))
 
 
 def same_number(shape: tuple[int, ...], axes: tuple[int, ...]) -> None:

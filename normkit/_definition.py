@@ -9,7 +9,7 @@ import array_api_compat.numpy
 from normkit import _checks
 from normkit._arrays import backend_of, backend_of_namespace
 from normkit._backend import Array, Backend, DType, Namespace
-from normkit._statistics import Axes, statistics_dtype
+from normkit._statistics import Axes
 
 Params = dict[str, Array]
 State = dict[str, Array]
@@ -61,7 +61,7 @@ class Definition:
             params["scale"] = xp.ones(self.parameter_shape, dtype=dtype, **place)
         if self.bias:
             params["bias"] = xp.zeros(self.parameter_shape, dtype=dtype, **place)
-        return params, self._initial_state(xp, xp.result_type(dtype, xp.float32), place)
+        return params, self._initial_state(xp, backend.statistics_dtype(dtype), place)
 
     def _initial_state(self, xp: Namespace, dtype: DType, place: dict[str, Any]) -> State:
         return {}
@@ -77,6 +77,4 @@ class Definition:
             _checks.parameter(p, self.parameter_shape, name, backend)
         if mask is None:
             return backend, None
-        return backend, _checks.weights_for(
-            x, mask, axes[-1], statistics_dtype(x, backend), backend
-        )
+        return backend, _checks.weights_for(x, mask, axes[-1], backend)

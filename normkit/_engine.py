@@ -7,7 +7,7 @@ else, such as a running average (:func:`normalize`). How they are taken is in ``
 from __future__ import annotations
 
 from normkit._backend import Array, Backend, DType
-from normkit._statistics import Average, Axes, Moments, cast, centre, statistics_dtype
+from normkit._statistics import Average, Axes, Moments, cast, centre
 
 
 def standardize(
@@ -28,7 +28,7 @@ def standardize(
     result has ``dtype``, that of ``x`` if None.
     """
     dtype = x.dtype if dtype is None else dtype
-    x = cast(x, statistics_dtype(x, backend), backend)
+    x = cast(x, backend.statistics_dtype(x.dtype), backend)
     centred, found = centre(x, axes, weights, backend)
     return _affine(centred, found.variance, scale, bias, eps, dtype, backend), found
 
@@ -51,7 +51,7 @@ def normalize(
     is large. Everything given broadcasts against ``x``; weights and dtype as above.
     """
     dtype = x.dtype if dtype is None else dtype
-    compute = statistics_dtype(x, backend)
+    compute = backend.statistics_dtype(x.dtype)
     centred = cast(x, compute, backend) - cast(mean, compute, backend)
     if weights is not None:
         centred = backend.xp.where(weights > 0, centred, backend.xp.zeros_like(centred))

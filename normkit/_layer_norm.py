@@ -11,7 +11,7 @@ from normkit._arrays import backend_of
 from normkit._backend import Array, Backend, DType
 from normkit._definition import Definition, Params, State
 from normkit._engine import standardize, with_rank
-from normkit._statistics import Axes, statistics_dtype
+from normkit._statistics import Axes
 
 
 @dataclass(frozen=True)
@@ -198,5 +198,5 @@ def layer_norm(
             _checks.parameter(p, shape, name, backend)
     weights = None
     if mask is not None:
-        weights = _checks.weights_for(x, mask, reduced[-1], statistics_dtype(x, backend), backend)
+        weights = _checks.weights_for(x, mask, reduced[-1], backend)
     return apply_layer_norm(x, scale, bias, axes=reduced, eps=eps, weights=weights, backend=backend)

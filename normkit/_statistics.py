@@ -69,8 +69,8 @@ class Moments(NamedTuple):
         _checks.floating(x, backend)
         reduced = _checks.axes_in_range(axes, len(x.shape))
         if weights is not None:
-            weights = _checks.weights_for(x, weights, None, statistics_dtype(x, backend), backend)
-        x = cast(x, statistics_dtype(x, backend), backend)
+            weights = _checks.weights_for(x, weights, None, backend)
+        x = cast(x, backend.statistics_dtype(x.dtype), backend)
         _, kept = centre(x, reduced, weights, backend)
         return kept if keepdims else kept.squeezed(reduced, backend)
 
@@ -181,11 +181,12 @@ def centre(x: Array, axes: Axes, weights: Array | None, backend: Backend) -> tup
 
 
 def averaging(
-    x: Array, axes: Axes, weights: Array | None, backend: Backend
+    x: Array, axes: Axes, weights: Array | None, backend: Backend, *, adjoint: bool = False
 ) -> tuple[Count, Average]:
     """The number of values along ``axes`` of ``x``, and the function that averages over them.
 
-    The average of nothing (an empty batch, weights that are all zero) is zero, never NaN.
+    The average of nothing (an empty batch, weights that are all zero) is zero, never NaN. The
+    ``adjoint`` of averaging, as a linear map, carries gradients back: the same without weights.
     """
     xp = backend.xp
     if weights is None:
@@ -195,6 +196,8 @@ def averaging(
     weights = weights + xp.zeros_like(x)
     total = xp.sum(weights, axis=axes, keepdims=True)
     factor = _ratio(1, total, x.dtype, backend)
+    if adjoint:
+        return total, lambda a: weights * (xp.sum(a, axis=axes, keepdims=True) * factor)
     return total, lambda a: xp.sum(a * weights, axis=axes, keepdims=True) * factor
 
 
@@ -204,11 +207,6 @@ def _ratio(part: Count, count: Count, dtype: DType, backend: Backend) -> Any:
         return part / count if count else 0.0
     positive = backend.xp.where(count > 0, count, backend.xp.ones_like(count))
     return (cast(part, dtype, backend) if is_array(part) else part) / cast(positive, dtype, backend)
-
-
-def statistics_dtype(x: Array, backend: Backend) -> DType:
-    """The dtype in which statistics are taken: that of ``x``, but float32 at least."""
-    return backend.xp.result_type(x.dtype, backend.xp.float32)
 
 
 def cast(x: Array, dtype: DType, backend: Backend) -> Array:

@@ -1,0 +1,20 @@
+"""normkit for Keras: drop-in layers, and any definition as a ``keras.layers.Layer``.
+
+They run on each backend that Keras does: TensorFlow, JAX and PyTorch.
+
+>>> import keras, normkit as nk, normkit.keras
+>>> model = keras.Sequential([keras.Input((8, 8, 3)), nk.keras.BatchNormalization()])
+>>> model.output_shape
+(None, 8, 8, 3)
+>>> nk.keras.layer(nk.LayerNorm.flax(16)).epsilon
+1e-06
+"""
+
+from normkit._extras import require as _require
+
+_require("keras", "normkit.keras", "keras")
+
+from normkit.keras._batch_norm import BatchNormalization as BatchNormalization  # noqa: E402
+from normkit.keras._layer_norm import LayerNormalization as LayerNormalization  # noqa: E402
+from normkit.keras._portable import definition as definition  # noqa: E402
+from normkit.keras._portable import layer as layer  # noqa: E402

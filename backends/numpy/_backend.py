@@ -10,7 +10,7 @@ from normkit._backend import Array, Backend, DType
 class NumPyBackend(Backend):
     def is_floating(self, dtype: DType) -> bool:
         # bfloat16 comes from the ml_dtypes package, and NumPy does not count it among its own.
-        return super().is_floating(dtype) or dtype.name == "bfloat16"
+        return dtype.name == "bfloat16" or super().is_floating(dtype)
 
     def is_visible(self, x: Array) -> bool:
         return True

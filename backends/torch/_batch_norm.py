@@ -8,7 +8,6 @@ import normkit as nk
 import torch
 from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
-from normkit._statistics import statistics_dtype
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -82,7 +81,7 @@ class BatchNorm(_BatchNorm):
         self._check_input_dim(input)
         axis = self._check_input(input)
         if mask is not None:
-            mask = _checks.weights_for(input, mask, axis, statistics_dtype(input, BACKEND), BACKEND)
+            mask = _checks.weights_for(input, mask, axis, BACKEND)
         state = {}
         if self.running_mean is not None and (self.track_running_stats or not self.training):
             state = {"mean": self.running_mean, "var": self.running_var}

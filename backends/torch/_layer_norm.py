@@ -9,7 +9,6 @@ import normkit as nk
 import torch
 from normkit import _checks
 from normkit._layer_norm import apply_layer_norm
-from normkit._statistics import statistics_dtype
 from torch import Tensor, nn
 
 from ._backend import BACKEND
@@ -66,9 +65,7 @@ class LayerNorm(nn.LayerNorm):
         axes = _checks.axes_in_range(self._axes(), input.ndim)
         _checks.lengths(input, axes, self.normalized_shape, self)
         if mask is not None:
-            mask = _checks.weights_for(
-                input, mask, axes[-1], statistics_dtype(input, BACKEND), BACKEND
-            )
+            mask = _checks.weights_for(input, mask, axes[-1], BACKEND)
         return apply_layer_norm(
             input,
             self.weight,

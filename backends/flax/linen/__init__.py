@@ -1,0 +1,21 @@
+"""normkit for Flax Linen: drop-in layers, and any definition as an ``flax.linen.Module``.
+
+>>> import jax, jax.numpy as jnp, normkit as nk, normkit.flax.linen
+>>> bn = nk.flax.linen.BatchNorm(use_running_average=False)
+>>> x = jnp.ones((8, 3))
+>>> variables = bn.init(jax.random.key(0), x)
+>>> y, changed = bn.apply(variables, x, mutable=["batch_stats"])
+>>> y.shape, sorted(changed["batch_stats"])
+((8, 3), ['mean', 'var'])
+>>> nk.flax.linen.layer(nk.LayerNorm(16)).epsilon
+1e-05
+"""
+
+from normkit._extras import require as _require
+
+_require("flax", "normkit.flax.linen", "flax")
+
+from normkit.flax.linen._batch_norm import BatchNorm as BatchNorm  # noqa: E402
+from normkit.flax.linen._layer_norm import LayerNorm as LayerNorm  # noqa: E402
+from normkit.flax.linen._portable import definition as definition  # noqa: E402
+from normkit.flax.linen._portable import layer as layer  # noqa: E402

@@ -1,0 +1,19 @@
+"""normkit for Flax NNX: drop-in layers, and any definition as an ``nnx.Module``.
+
+>>> import jax.numpy as jnp, normkit as nk, normkit.flax.nnx
+>>> from flax import nnx
+>>> bn = nk.flax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+>>> bn(jnp.ones((8, 3))).shape, list(nnx.state(bn, nnx.BatchStat))
+((8, 3), ['mean', 'var'])
+>>> nk.flax.nnx.layer(nk.LayerNorm(16)).epsilon
+1e-05
+"""
+
+from normkit._extras import require as _require
+
+_require("flax", "normkit.flax.nnx", "flax")
+
+from normkit.flax.nnx._batch_norm import BatchNorm as BatchNorm  # noqa: E402
+from normkit.flax.nnx._layer_norm import LayerNorm as LayerNorm  # noqa: E402
+from normkit.flax.nnx._portable import definition as definition  # noqa: E402
+from normkit.flax.nnx._portable import layer as layer  # noqa: E402

@@ -1,0 +1,126 @@
+"""What the layers of both Flax APIs share: dtypes, axes and masks as Flax has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from flax.linen.dtypes import canonicalize_dtype
+from normkit import _checks
+from normkit._backend import DType
+from normkit._statistics import Axes
+from normkit.jax._backend import BACKEND
+
+
+def is_native(layer: Any, x: Array) -> bool:
+    """Whether Flax computes: statistics across replicas, or complex numbers."""
+    dtypes = (x.dtype, layer.param_dtype, layer.dtype)
+    return layer.axis_name is not None or any(
+        dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes
+    )
+
+
+def no_additions(layer: Any) -> None:
+    """Where Flax computes, a BatchNorm can be no more than Flax' own."""
+    if layer.momentum is None or layer.correction or not layer.track_running_stats:
+        msg = (
+            "momentum=None, correction=1 and track_running_stats=False work neither across "
+            "replicas (axis_name) nor on complex numbers; leave them at their defaults there."
+        )
+        raise ValueError(msg)
+
+
+def promoted(x: Array, *others: Array | None, dtype: DType | None) -> tuple[Array, DType]:
+    """``x`` in the dtype to compute in, and the dtype of the result.
+
+    The result has ``dtype``, or what ``x`` and the ``others`` promote to. ``x`` is only ever
+    widened: to that, and to float32 at least. It loses no digits before its mean is subtracted.
+    """
+    # Promotion is these layers' documented rule, so strict mode has nothing to warn of.
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = canonicalize_dtype(x, *others, dtype=dtype)
+        wide = jnp.promote_types(jnp.promote_types(x.dtype, dtype), jnp.float32)
+    return x.astype(wide), dtype
+
+
+def as_tuple(axes: Any) -> Axes:
+    """``axes`` as they were given, one or several, each once."""
+    return tuple(dict.fromkeys(axes)) if isinstance(axes, Iterable) else (axes,)
+
+
+def as_shape(lengths: int | Iterable[int]) -> tuple[int, ...]:
+    """``lengths`` as a shape."""
+    return tuple(lengths) if isinstance(lengths, Iterable) else (lengths,)
+
+
+def positions(axes: Any, ndim: int) -> Axes:
+    """``axes`` as nonnegative numbers in ascending order. As in Flax, one may be named twice."""
+    return tuple(sorted({a for axis in as_tuple(axes) for a in _checks.axes_in_range(axis, ndim)}))
+
+
+def weights_of(x: Array, mask: Any, channel: int | None, portable: bool) -> Array | None:
+    """``mask`` as weights of the rank of ``x``.
+
+    Flax reads a boolean mask by broadcasting, which aligns the last axes; normkit adds that a
+    mask may lack the ``channel`` axis. A shape that is both is not guessed at.
+    """
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if not portable and mask.dtype == bool and mask.ndim < x.ndim:
+        aligned = (1,) * (x.ndim - mask.ndim) + mask.shape
+        if _fits(aligned, x):
+            if channel is not None and mask.ndim == x.ndim - 1:
+                lacking = (*mask.shape[:channel], 1, *mask.shape[channel:])
+                if lacking != aligned and _fits(lacking, x):
+                    raise _ambiguous(x, mask, lacking, aligned)
+            mask = mask.reshape(aligned)
+    return _checks.weights_for(x, mask, channel, BACKEND)
+
+
+def _fits(shape: tuple[int, ...], x: Array) -> bool:
+    return all(n in (1, m) for n, m in zip(shape, x.shape, strict=True))
+
+
+def _ambiguous(x: Array, mask: Array, lacking: Axes, aligned: Axes) -> ValueError:
+    msg = (
+        f"a mask of shape {mask.shape} can be read in two ways for x of shape {x.shape}; give it "
+        f"the rank of x: {lacking} if it lacks the channel axis, {aligned} if it broadcasts."
+    )
+    return ValueError(msg)
+
+
+def values_per_channel(x: Array, axes: Axes) -> None:
+    """More than one value, along all but ``axes``, to take the statistics of a channel from."""
+    rest = [length for axis, length in enumerate(x.shape) if axis not in axes]
+    _checks.values_per_channel(math.prod(rest))
+
+
+def one_axis(axis: Any) -> int:
+    """The channel axis of a BatchNorm that a definition can describe."""
+    axes = as_tuple(axis)
+    if len(axes) != 1:
+        msg = (
+            f"nk.BatchNorm has one channel axis, but the layer has axis={axis!r}; no definition "
+            f"describes it."
+        )
+        raise ValueError(msg)
+    return int(axes[0])
+
+
+def same_axes(layer: Any) -> Axes:
+    """The axes of a LayerNorm that a definition can describe."""
+    axes = as_tuple(layer.feature_axes)
+    if set(axes) != set(as_tuple(layer.reduction_axes)):
+        msg = (
+            f"nk.LayerNorm normalizes over the axes of its parameters, but the layer has "
+            f"reduction_axes={layer.reduction_axes!r} and feature_axes={layer.feature_axes!r}; "
+            f"no definition describes it."
+        )
+        raise ValueError(msg)
+    return axes

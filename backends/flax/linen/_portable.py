@@ -1,0 +1,61 @@
+"""From a definition to a layer of Flax Linen, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import normkit as nk
+from normkit import _checks
+
+from . import _batch_norm, _layer_norm
+
+_FAMILY = (
+    (nk.BatchNorm, nn.BatchNorm, _batch_norm),
+    (nk.LayerNorm, nn.LayerNorm, _layer_norm),
+)
+
+
+def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> nn.Module:
+    """The module that ``definition`` describes, ``portable`` (see :class:`BatchNorm`).
+
+    Args:
+        definition: such as ``nk.BatchNorm(64)``.
+        options: any that the class has beyond the definition, such as ``name``, ``dtype``,
+            ``param_dtype`` and ``use_running_average``.
+
+    Raises:
+        TypeError: ``definition`` is none.
+
+    >>> import normkit as nk
+    >>> definition(layer(nk.BatchNorm.keras(8))) == nk.BatchNorm.keras(8)
+    True
+    """
+    for kind, _, module in _FAMILY:
+        if isinstance(definition, kind):
+            return module.build(definition, **options)
+    raise _checks.no_definition(definition)
+
+
+def definition(layer: nn.Module, variables: Any = None) -> nk.BatchNorm | nk.LayerNorm:
+    """The definition of ``layer``, one of Flax' own normalization layers or of normkit's.
+
+    Args:
+        layer: the module.
+        variables: its variables, for the lengths of x. Not needed if the layer has them itself
+            (``num_features``, ``shape``), or is bound.
+
+    Raises:
+        TypeError: ``layer`` is none that normkit knows.
+        ValueError: the lengths are not known; or it has options that no definition describes:
+            several channel axes, or parameters along other axes than it normalizes over.
+
+    >>> import jax, jax.numpy as jnp
+    >>> ln = nn.LayerNorm()
+    >>> definition(ln, ln.init(jax.random.key(0), jnp.ones((2, 8)))).shape
+    (8,)
+    """
+    for _, native, module in _FAMILY:
+        if isinstance(layer, native):
+            return module.describe(layer, variables)
+    raise _checks.no_layer(layer)

@@ -1,0 +1,138 @@
+"""Definitions are values: they compare, print, make their first arrays, and change nothing."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+
+import normkit as nk
+from harness.table import ROWS
+
+rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+@rows
+def test_a_definition_is_a_value(row):
+    d = row.definition
+    same = eval(repr(d), {"BatchNorm": nk.BatchNorm, "LayerNorm": nk.LayerNorm})
+    assert same == d
+    assert hash(same) == hash(d)
+    assert pickle.loads(pickle.dumps(d)) == d
+    with pytest.raises(FrozenInstanceError):
+        d.eps = 1.0
+
+
+def test_repr():
+    assert repr(nk.BatchNorm(64)) == (
+        "BatchNorm(num_features=64, axis=1, eps=1e-05, decay=0.9, correction=1, scale=True, "
+        "bias=True, track_running_stats=True)"
+    )
+    assert (
+        repr(nk.LayerNorm(8))
+        == "LayerNorm(shape=(8,), axes=(-1,), eps=1e-05, scale=True, bias=True)"
+    )
+
+
+@rows
+def test_init(kind, row):
+    d = row.definition
+    params, state = d.init(xp=kind.xp)
+    assert set(params) == {name for name in ("scale", "bias") if getattr(d, name)}
+    assert set(state) == ({"mean", "var", "count"} if row.tracks else set())
+    first = {"scale": 1, "bias": 0, "mean": 0, "var": 1, "count": 0}
+    for name, array in (params | state).items():
+        assert isinstance(array, kind.type)
+        values = np.asarray(array)
+        assert values.shape == (() if name == "count" else d.parameter_shape)
+        assert np.all(values == first[name])
+        assert values.dtype.kind == "i" if name == "count" else values.dtype == np.float32
+
+
+def test_init_dtypes(kind):
+    d = nk.BatchNorm(3)
+    if kind.name == "jax":
+        half = kind.xp.bfloat16
+    elif kind.name == "array-api-strict":
+        half = kind.xp.float32
+    else:
+        half = kind.xp.float16
+    params, state = d.init(xp=kind.xp, dtype=half)
+    assert params["scale"].dtype == half
+    assert state["mean"].dtype == kind.xp.float32
+    params, state = nk.LayerNorm(3).init(xp=kind.xp)
+    assert params["scale"].dtype == kind.xp.float32
+
+
+def test_init_device(kind):
+    devices = {"torch": "meta", "array-api-strict": None, "numpy": "cpu"}
+    if kind.name == "array-api-strict":
+        devices[kind.name] = kind.xp.Device("device1")
+    if kind.name in devices:
+        params, state = nk.BatchNorm(3).init(xp=kind.xp, device=devices[kind.name])
+        for array in (params | state).values():
+            assert str(array.device) == str(devices[kind.name])
+
+
+@rows
+def test_nothing_given_is_changed(kind, row):
+    params, state = row.definition.init(xp=kind.xp)
+    x = kind.make(np.random.default_rng(0).normal(size=row.shape).astype(np.float32))
+    before = {k: np.array(v) for k, v in (params | state | {"x": x}).items()}
+    row.definition.apply(params, state, x, training=True)
+    for name, array in (params | state | {"x": x}).items():
+        np.testing.assert_array_equal(np.asarray(array), before[name])
+
+
+@rows
+def test_an_empty_batch_is_fine(kind, row):
+    params, state = row.definition.init(xp=kind.xp)
+    shape = tuple(0 if a == row.batch_axis else n for a, n in enumerate(row.shape))
+    x = kind.make(np.zeros(shape, np.float32))
+    for training in (True, False):
+        y, after = row.definition.apply(params, state, x, training=training)
+        assert tuple(y.shape) == shape
+        for name in state:
+            np.testing.assert_array_equal(np.asarray(after[name]), np.asarray(state[name]))
+
+
+@rows
+def test_axes_may_be_moved(kind, row):
+    """The same layer over the same values, whichever way the axes are ordered."""
+    if isinstance(row.definition, nk.LayerNorm):
+        return  # its parameters would have to be moved as well
+    d = row.definition
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=row.shape).astype(np.float32)
+    params = {k: kind.make(rng.normal(size=d.num_features).astype(np.float32)) for k in d.init()[0]}
+    _, state = d.init(xp=kind.xp)
+    y, _ = d.apply(params, state, kind.make(x), training=True)
+    for to in range(x.ndim):
+        options = {**vars(d), "axis": to}
+        moved = np.moveaxis(x, d.axis, to)
+        z, _ = nk.BatchNorm(**options).apply(params, state, kind.make(moved), training=True)
+        np.testing.assert_allclose(
+            np.asarray(z), np.moveaxis(np.asarray(y), d.axis, to), rtol=0, atol=2e-6
+        )
+
+
+@pytest.mark.parametrize("offset", [1.0, 1e3, 1e5])
+def test_a_shift_changes_nothing(kind, offset):
+    """Where adding the offset is exact, so is taking it away again."""
+    x = np.random.default_rng(0).integers(-64, 64, (6, 5, 7)).astype(np.float32)
+    for f in (nk.batch_norm, nk.layer_norm):
+        y, z = (np.asarray(f(kind.make(a))) for a in (x, x + np.float32(offset)))
+        np.testing.assert_allclose(y, z, rtol=0, atol=1e-6)
+
+
+def test_the_cumulative_average_is_the_average(kind):
+    d = nk.BatchNorm(2, decay=None)
+    params, state = d.init(xp=kind.xp)
+    batches = np.random.default_rng(0).normal(3, 2, (6, 10, 2)).astype(np.float32)
+    for batch in batches:
+        _, state = d.apply(params, state, kind.make(batch), training=True)
+    assert int(np.asarray(state["count"])) == 6
+    np.testing.assert_allclose(np.asarray(state["mean"]), batches.mean((0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(state["var"]), batches.var(1, ddof=1).mean(0), rtol=1e-6)

@@ -1,0 +1,199 @@
+"""moments, normalize, batch_norm, layer_norm and Moments, on every kind of array."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import normkit as nk
+from harness import oracle
+from harness.data import assert_near
+from harness.oracle import Answer
+
+slow = settings(deadline=None, max_examples=25, derandomize=True)
+
+
+@st.composite
+def cases(draw):
+    """An array, some of its axes, and how its values are spread."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    axes = draw(st.lists(st.integers(0, len(shape) - 1), unique=True, max_size=len(shape)))
+    signs = draw(st.lists(st.booleans(), min_size=len(axes), max_size=len(axes)))
+    seed = draw(st.integers(0, 2**16))
+    offset = draw(st.sampled_from([0.0, -3.0, 1e3, -1e5]))
+    spread = draw(st.sampled_from([1e-3, 1.0, 1e3]))
+    x = np.random.default_rng(seed).normal(offset, spread, shape).astype(np.float32)
+    named = tuple(
+        a - len(shape) if negative else a for a, negative in zip(axes, signs, strict=True)
+    )
+    return x, named, tuple(sorted(axes))
+
+
+def exact_moments(x, axes, weights=None):
+    """Mean and variance with the reduced axes kept, and the scales of their terms."""
+    found = oracle.forward(x, None, None, axes=axes, parameter_axes=(), eps=1.0, weights=weights)
+    kept = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    mean = np.array(list(found["mean"].values())).reshape(kept)
+    var = np.array(list(found["var"].values())).reshape(kept)
+    return (
+        Answer(mean, float(np.max(np.abs(mean)))),
+        Answer(var, float(np.max(var)) + 1e-30),
+    )
+
+
+@slow
+@given(case=cases(), keepdims=st.booleans())
+def test_moments(kind, case, keepdims):
+    x, named, axes = case
+    mean, var = nk.moments(kind.make(x), named, keepdims=keepdims)
+    assert isinstance(mean, kind.type)
+    assert isinstance(var, kind.type)
+    for got, want in zip((mean, var), exact_moments(x, axes), strict=True):
+        value = want.value if keepdims else np.squeeze(want.value, axis=axes)
+        assert_near(got, Answer(value, want.scale), "float32", "moments")
+
+
+@slow
+@given(case=cases(), data=st.data())
+def test_weighted_moments(kind, case, data):
+    """Whole weights count a value that often; zero leaves it out, even if it is NaN."""
+    x, named, axes = case
+    if not x.size:
+        return
+    seed = data.draw(st.integers(0, 99))
+    weights = np.random.default_rng(seed).integers(0, 3, x.shape).astype(np.float32)
+    broken = np.where(weights > 0, x, np.float32(np.nan))
+    got = nk.moments(kind.make(broken), named, weights=kind.make(weights), keepdims=True)
+    for value, want in zip(got, exact_moments(x, axes, weights), strict=True):
+        assert_near(value, want, "float32", "moments")
+
+
+@pytest.mark.parametrize("axes", [None, 0, -1, (0, 2), (), (-1, 0)])
+def test_moments_axes_as_numpy(kind, axes):
+    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    mean, var = nk.moments(kind.make(x), axes)
+    np.testing.assert_allclose(np.asarray(mean), np.mean(x, axes), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(var), np.var(x, axes), rtol=0, atol=1e-6)
+
+
+@slow
+@given(case=cases())
+def test_layer_norm(kind, case):
+    x, named, axes = case
+    if not axes:
+        return
+    rng = np.random.default_rng(1)
+    shape = tuple(x.shape[a] for a in axes)
+    scale, bias = (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+    y = nk.layer_norm(kind.make(x), kind.make(scale), kind.make(bias), axes=named, eps=1e-3)
+    want = oracle.forward(x, scale, bias, axes=axes, parameter_axes=axes, eps=1e-3)
+    assert isinstance(y, kind.type)
+    assert_near(y, want["y"], "float32", "layer_norm")
+
+
+@slow
+@given(case=cases(), data=st.data())
+def test_batch_norm(kind, case, data):
+    x, _, _ = case
+    if x.ndim < 2:
+        return
+    x = np.concatenate([x, x + 1])  # more than one value a channel, whichever axis it is
+    axis = data.draw(st.integers(-x.ndim, x.ndim - 1))
+    channel = axis % x.ndim
+    axes = tuple(a for a in range(x.ndim) if a != channel)
+    if np.prod([x.shape[a] for a in axes]) == 1:
+        return
+    scale = np.random.default_rng(1).normal(size=x.shape[channel]).astype(np.float32)
+    y = nk.batch_norm(kind.make(x), kind.make(scale), axis=axis)
+    want = oracle.forward(x, scale, None, axes=axes, parameter_axes=(channel,), eps=1e-5)
+    assert_near(y, want["y"], "float32", "batch_norm")
+
+
+def test_normalize(kind):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(4, 5, 3)) + 1e5).astype(np.float32)
+    mean, var, scale, bias = (
+        rng.uniform(0.5, 2, 3).astype(np.float32) + offset for offset in (1e5, 0, 0, 0)
+    )
+    mean, var = mean.astype(np.float32), var.astype(np.float32)
+    want = oracle.given(x, mean, var, scale, bias, parameter_axes=(2,), eps=1e-3)["y"]
+    flat = nk.normalize(*(kind.make(a) for a in (x, mean, var, scale, bias)), eps=1e-3)
+    kept = nk.normalize(
+        kind.make(x), *(kind.make(a.reshape(1, 1, 3)) for a in (mean, var, scale, bias)), eps=1e-3
+    )
+    for y in (flat, kept):
+        assert isinstance(y, kind.type)
+        assert_near(y, want, "float32", "normalize")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_merged_moments_are_those_of_the_union(kind, count):
+    rng = np.random.default_rng(count)
+    parts = [
+        rng.normal(1e3 * i, 1 + i, (n, 4)).astype(np.float32)
+        for i, n in enumerate((7, 1, 12, 3, 40)[:count])
+    ]
+    total = nk.Moments.of(kind.make(np.zeros((0, 4), np.float32)), 0)
+    for part in parts:
+        total = total.merge(nk.Moments.of(kind.make(part), 0))
+    mean, var = exact_moments(np.concatenate(parts), (0,))
+    assert total.count == sum(len(part) for part in parts)
+    assert_near(total.mean, Answer(mean.value[0], mean.scale), "float32", "mean")
+    assert_near(total.variance, Answer(var.value[0], var.scale), "float32", "variance")
+
+
+def test_merging_with_nothing_changes_nothing(kind):
+    some = nk.Moments.of(kind.make(np.array([[1.5, 3], [2, 7.25]], np.float32)), 0)
+    none = nk.Moments.of(kind.make(np.zeros((0, 2), np.float32)), 0)
+    for merged in (some.merge(none), none.merge(some)):
+        assert merged.count == 2
+        np.testing.assert_array_equal(np.asarray(merged.mean), np.asarray(some.mean))
+        np.testing.assert_array_equal(np.asarray(merged.variance), np.asarray(some.variance))
+
+
+def test_weighted_moments_merge(kind):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(10, 3)).astype(np.float32)
+    weights = rng.integers(0, 2, (10, 3)).astype(bool)
+    parts = [
+        nk.Moments.of(kind.make(x[a:b]), 0, weights=kind.make(weights[a:b]))
+        for a, b in ((0, 4), (4, 10))
+    ]
+    whole = nk.Moments.of(kind.make(x), 0, weights=kind.make(weights))
+    for got, want in zip(parts[0].merge(parts[1]), whole, strict=True):
+        np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+def test_variance_estimates(kind, correction):
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    found = nk.Moments.of(kind.make(x), 0).estimate(correction)
+    np.testing.assert_allclose(np.asarray(found), x.var(0, ddof=correction), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0)])
+def test_moments_of_nothing_are_zero(kind, shape):
+    for value in nk.moments(kind.make(np.zeros(shape, np.float32)), 0):
+        np.testing.assert_array_equal(np.asarray(value), np.zeros(shape[1]))
+
+
+def test_many_values_keep_their_digits(kind):
+    """Sums over 100,000 rows, taken one after the other, would lose two digits."""
+    x = np.random.default_rng(0).normal(1e4, 1, (100_000, 2)).astype(np.float32)
+    mean, var = nk.moments(kind.make(x), 0)
+    exact = x.astype(np.float64)
+    np.testing.assert_allclose(np.asarray(mean), exact.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(np.asarray(var), exact.var(0), rtol=5e-7)
+
+
+def test_half_precision_statistics_are_float32(kind):
+    x = (np.arange(12).reshape(4, 3) * 100).astype(np.float16)
+    if kind.name == "array-api-strict":  # the standard has no half types
+        with pytest.raises(TypeError, match="does not support"):
+            kind.make(x)
+        return
+    mean, var = nk.moments(kind.make(x), 0)
+    assert np.asarray(mean).dtype == np.asarray(var).dtype == np.float32
+    np.testing.assert_allclose(np.asarray(var), x.astype(np.float64).var(0), rtol=1e-6)
