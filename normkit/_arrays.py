@@ -6,8 +6,6 @@ holds such an array has imported the framework already.
 
 from __future__ import annotations
 
-import importlib
-
 import array_api_compat
 
 from normkit._backend import Array, Backend, Namespace
@@ -58,5 +56,6 @@ def _find(x: Array) -> Backend:
 
 
 def _load(adapter: str) -> Backend:
-    backend: Backend = importlib.import_module(f"{adapter}._backend").BACKEND
+    # Not importlib.import_module, which TensorFlow would try to trace inside of tf.function.
+    backend: Backend = __import__(f"{adapter}._backend", fromlist=["BACKEND"]).BACKEND
     return backend

@@ -22,11 +22,14 @@ class Backend:
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
 
-    def constant(self, x: Array) -> Array:
-        """About ``x``: one and the same value wherever it is used, and no derivative through it.
+    def check(self, x: Array) -> None:
+        """Refuse an array of a kind that the engine cannot work on."""
 
-        It may differ from ``x`` by a few units in the last place. What matters is that a
-        compiler cannot have it in one rounding here and in another there.
+    def constant(self, x: Array) -> Array:
+        """``x`` as one value wherever it is used, through which no derivative passes.
+
+        A compiler that computes ``a * b - c`` in two places may round ``a * b`` in one of them
+        and not in the other. What is subtracted here must be the same value in both.
         """
         return x
 
@@ -53,4 +56,4 @@ class Backend:
 
 def is_array(count: Count) -> bool:
     """Whether a count is an array. If not it is a number, which may be symbolic."""
-    return hasattr(count, "shape")
+    return not isinstance(count, int) and hasattr(count, "shape")

@@ -125,6 +125,7 @@ class BatchNorm(Definition):
             TypeError: ``x`` is not real floating point.
             ValueError: a shape does not fit, or in training a channel has a single value.
         """
+        _checks.floating(x, backend_of(x))
         _checks.rank(x, 2, "BatchNorm")
         backend, weights = self._check(params, x, mask)
         _checks.keys(
@@ -232,7 +233,7 @@ def updated(
         value = keep * cast(old, dtype, backend) + (1 - keep) * value
         value = cast(value, old.dtype, backend)
         if is_array(enough):
-            moved = xp.reshape(xp.broadcast_to(enough, found.shape), old.shape)
+            moved = xp.reshape(enough, old.shape) if len(enough.shape) else enough
             value = xp.where(moved, value, old)
         new[name] = value
     if "count" in state:
@@ -277,7 +278,7 @@ def batch_norm(
     _checks.rank(x, 2, "batch_norm")
     (channel,) = _checks.axes_in_range(axis, len(x.shape))
     layer = BatchNorm(
-        x.shape[channel],
+        _checks.known_length(x, channel, scale, bias),
         axis,
         eps,
         scale=scale is not None,

@@ -12,6 +12,7 @@ from normkit._backend import Array, Backend, Count, is_array
 
 def floating(x: Array, backend: Backend, name: str = "x") -> None:
     """Real floating-point arrays only: of anything else the mean is not of the same kind."""
+    backend.check(x)
     if not backend.is_floating(x.dtype):
         msg = (
             f"{name} must hold real floating-point numbers, but its dtype is {x.dtype}; "
@@ -102,12 +103,24 @@ def rank(x: Array, least: int, what: Any) -> None:
 def lengths(x: Array, axes: tuple[int, ...], expected: tuple[int, ...], what: Any) -> None:
     """``x`` is as long along ``axes`` as its layer was defined to be."""
     found = tuple(x.shape[axis] for axis in axes)
-    if any(n not in (None, want) for n, want in zip(found, expected, strict=True)):
+    if not same_lengths(found, expected):
         msg = (
             f"{what} needs an x of lengths {expected} along its axes {axes}, but x has shape "
             f"{tuple(x.shape)}: lengths {found}. Define the layer for these, or move the axes of x."
         )
         raise ValueError(msg)
+
+
+def known_length(x: Array, axis: int, *parameters: Array | None) -> int:
+    """The length of ``x`` along ``axis``, which a parameter tells if ``x`` does not."""
+    for array, along in ((x, axis), *((p, 0) for p in parameters if p is not None and p.shape)):
+        if array.shape[along] is not None:
+            return int(array.shape[along])
+    msg = (
+        f"the number of channels must be known, but x has shape {tuple(x.shape)} with its channels "
+        f"along axis {axis}; set its shape first."
+    )
+    raise ValueError(msg)
 
 
 def keys(given: Mapping[str, Array], wanted: Mapping[str, bool], what: Any) -> None:
@@ -121,10 +134,17 @@ def keys(given: Mapping[str, Array], wanted: Mapping[str, bool], what: Any) -> N
         raise ValueError(msg)
 
 
+def same_lengths(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Whether two shapes are the same, as far as their lengths are known."""
+    return len(a) == len(b) and all(
+        n == m or n is None or m is None for n, m in zip(a, b, strict=True)
+    )
+
+
 def parameter(p: Array, shape: tuple[int, ...], name: str, backend: Backend) -> None:
     """A parameter has the shape of the axes that it belongs to."""
     floating(p, backend, name)
-    if tuple(p.shape) != shape:
+    if not same_lengths(tuple(p.shape), shape):
         msg = (
             f"{name} must have shape {shape}, one value for each position along the "
             f"axes it belongs to, but its shape is {tuple(p.shape)}."
@@ -203,12 +223,8 @@ def weights_for(x: Array, weights: Array, channel: int | None, backend: Backend)
                 "0 leaves it out."
             )
             raise ValueError(msg)
-    if len(shape) != len(weights.shape):
-        weights = (
-            xp.expand_dims(weights, axis=channel)
-            if channel is not None
-            else xp.reshape(weights, shape)
-        )
+    for _ in range(len(shape) - len(weights.shape)):
+        weights = xp.expand_dims(weights, axis=0 if channel is None else channel)
     return xp.astype(weights, backend.statistics_dtype(x.dtype))
 
 

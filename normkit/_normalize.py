@@ -50,9 +50,8 @@ def normalize(
         if array is not None:
             _checks.floating(array, backend, name)
             _checks.broadcasts(array, x, name)
-            if len(array.shape) != ndim:
-                shape = (1,) * (ndim - len(array.shape)) + tuple(array.shape)
-                array = backend.xp.reshape(array, shape)
+            for _ in range(ndim - len(array.shape)):
+                array = backend.xp.expand_dims(array, axis=0)
         ready[name] = array
     return _engine.normalize(
         x,

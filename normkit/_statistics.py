@@ -80,8 +80,12 @@ class Moments(NamedTuple):
         ``other`` has the same shapes, and is of the same array library.
         """
         backend = backend_of(self.mean)
-        count = self.count + other.count
-        share = _ratio(other.count, count, self.mean.dtype, backend)
+        a, b = self.count, other.count
+        if is_array(a) and is_array(b) and a.dtype != b.dtype:
+            # Values were counted in one of them, and weights added up in the other.
+            a, b = (cast(n, self.mean.dtype, backend) for n in (a, b))
+        count = a + b
+        share = _ratio(b, count, self.mean.dtype, backend)
         delta = other.mean - self.mean
         mean = self.mean + delta * share
         spread = other.variance - self.variance + delta * delta * (1 - share)

@@ -8,15 +8,24 @@ import re
 from pathlib import Path
 
 import pytest
+
 from harness import backends
 
 ROOT = Path(__file__).parents[1]
-NEEDS = {"torch": "torch", "tensorflow": "tensorflow", "jax": "jax", "keras": "keras-", "flax": "flax-"}
+NEEDS = {
+    "torch": "torch",
+    "tensorflow": "tensorflow",
+    "jax": "jax",
+    "keras": "keras-",
+    "flax": "flax-",
+}
+FILES = [
+    path.relative_to(folder)
+    for folder in (ROOT / "normkit", ROOT / "backends")
+    for path in sorted(folder.rglob("*.py"))
+]
 MODULES = [
-    f"normkit.{path.stem}" for path in sorted((ROOT / "normkit").glob("*.py")) if path.stem != "__init__"
-] + [
-    "normkit." + ".".join(path.relative_to(ROOT / "backends").with_suffix("").parts)
-    for path in sorted((ROOT / "backends").rglob("*.py"))
+    ".".join(("normkit", *path.with_suffix("").parts)).removesuffix(".__init__") for path in FILES
 ]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
@@ -35,7 +44,7 @@ def available(name: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", [m.removesuffix(".__init__") for m in MODULES if available(m)])
+@pytest.mark.parametrize("name", [m for m in MODULES if available(m)])
 def test_docstrings(name):
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0

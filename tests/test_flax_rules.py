@@ -223,7 +223,7 @@ def test_definitions_of_native_layers():
 def test_refusals():
     rngs, key = nnx.Rngs(0), jax.random.key(0)
     lengths = (
-        "'{}' needs an x of lengths (3,) along its axes (2,), but x has shape (6, 5, 4): lengths "
+        "{} needs an x of lengths (3,) along its axes (2,), but x has shape (6, 5, 4): lengths "
         "(4,). Define the layer for these, or move the axes of x."
     )
     one = (

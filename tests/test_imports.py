@@ -78,8 +78,7 @@ except ImportError as error:
         ("normkit.tensorflow", "tensorflow", "tensorflow"),
         ("normkit.jax", "jax", "jax"),
         ("normkit.keras", "keras", "keras"),
-        ("normkit.flax.nnx", "flax", "flax"),
-        ("normkit.flax.linen", "flax", "flax"),
+        ("normkit.flax", "flax", "flax"),
     ],
 )
 def test_a_missing_framework_is_named_with_its_extra(adapter, framework, extra):

@@ -34,16 +34,17 @@ def python(tmp_path_factory) -> Path:
     (wheel,) = at.glob("normkit-*.whl")
     venv.create(at / "venv", with_pip=False)
     interpreter = at / "venv" / "bin" / "python"
-    run(
-        *pip, "--python", interpreter, "install", "-c", ROOT / "constraints.txt", wheel
-    )
+    run(*pip, "--python", interpreter, "install", "-c", ROOT / "constraints.txt", wheel)
     return interpreter
 
 
-def test_only_the_required_dependencies(python):
+def test_only_the_required_dependencies(python, tmp_path):
     listed = run(
-        python, "-c", "from importlib.metadata import distributions as d\n"
+        python,
+        "-c",
+        "from importlib.metadata import distributions as d\n"
         "print(*sorted(x.name.lower().replace('_', '-') for x in d()))",
+        cwd=tmp_path,
     )
     assert listed.split() == ["array-api-compat", "normkit", "numpy"]
 
@@ -75,8 +76,7 @@ def test_it_imports_fast(python, tmp_path):
         ("normkit.tensorflow", "tensorflow", "tensorflow"),
         ("normkit.jax", "jax", "jax"),
         ("normkit.keras", "keras", "keras"),
-        ("normkit.flax.nnx", "flax", "flax"),
-        ("normkit.flax.linen", "flax", "flax"),
+        ("normkit.flax", "flax", "flax"),
     ],
 )
 def test_without_its_framework_an_adapter_names_the_extra(
@@ -90,5 +90,8 @@ def test_without_its_framework_an_adapter_names_the_extra(
 
 
 def test_types_are_shipped(python, tmp_path):
-    code = "import normkit, pathlib; print((pathlib.Path(normkit.__file__).parent / 'py.typed').is_file())"
+    code = (
+        "import normkit, pathlib\n"
+        "print((pathlib.Path(normkit.__file__).parent / 'py.typed').is_file())"
+    )
     assert run(python, "-c", code, cwd=tmp_path).strip() == "True"

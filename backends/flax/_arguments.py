@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 
-from flax.linen.dtypes import canonicalize_dtype
 from normkit import _checks
 from normkit._backend import DType
 from normkit._statistics import Axes

@@ -9,9 +9,13 @@
 >>> y.shape, int(state["count"])
 ((8, 3), 1)
 
+``namespace`` is ``jax.numpy``, to make arrays in.
+
 Layers are those of a library over JAX: see ``normkit.flax.nnx`` and ``normkit.flax.linen``.
 """
 
 from normkit._extras import require as _require
 
 _require("jax", "normkit.jax", "jax")
+
+import jax.numpy as namespace  # noqa: E402, F401

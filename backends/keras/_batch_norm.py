@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import normkit as nk
 from keras import ops
+
+import normkit as nk
 from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
-import normkit as nk
 from keras import ops
+
+import normkit as nk
 from normkit import _checks
 from normkit._layer_norm import apply_layer_norm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+
 import normkit as nk
 from normkit import _checks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+
 from normkit import _checks
 from normkit._arrays import backend_of
 from normkit._backend import Array, Backend

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import normkit as nk
 from numpy.typing import DTypeLike
+
+import normkit as nk
 
 from ._layer import Layer
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
 from normkit import _checks
 from normkit._definition import Definition, Params, State
 from normkit._engine import derivative, with_rank
 from normkit._statistics import averaging, cast, centre
-from numpy.typing import DTypeLike, NDArray
 
 from ._backend import BACKEND
 

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import tensorflow as tf
+
 from normkit._backend import Array, Backend, Count
 
 from . import _namespace as xp
 
-_BITS = {2: tf.int16, 4: tf.int32, 8: tf.int64}  # by size in bytes
-
 
 class TensorFlowBackend(Backend):
+    def check(self, x: Array) -> None:
+        if isinstance(x, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices):
+            msg = (
+                f"normkit works on dense tensors, but got a {type(x).__name__}; convert it first, "
+                f"for example with to_tensor(), and give a mask of what is valid."
+            )
+            raise TypeError(msg)
+        if x.shape.rank is None:
+            msg = (
+                "the rank of a tensor must be known, but its shape is <unknown>; set it first, "
+                "for example with tf.ensure_shape."
+            )
+            raise ValueError(msg)
+
     def constant(self, x: Array) -> Array:
-        x = tf.stop_gradient(x)
-        if tf.executing_eagerly():
-            return x
-        # Where XLA computes x more than once, it may fuse its last multiplication into whatever
-        # comes next, and so have it in two roundings. It does not fuse across these operations,
-        # which drop the last bit (if none were dropped, it would drop the operations).
-        bits = tf.bitcast(x, _BITS[x.dtype.size])
-        return tf.bitcast(tf.bitwise.bitwise_and(bits, tf.constant(-2, bits.dtype)), x.dtype)
+        if not tf.executing_eagerly():
+            # See Backend.constant: XLA fuses a multiplication into a subtraction, not through this.
+            x = tf.maximum(x, x.dtype.min)
+        return tf.stop_gradient(x)
 
     def size(self, x: Array, axes: tuple[int, ...]) -> Count:
         if all(x.shape[axis] is not None for axis in axes):

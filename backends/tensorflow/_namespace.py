@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-
 import tensorflow as tf
+
 from normkit._checks import axes_in_range
 
 Array = Any

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import array_api_compat.torch as xp
-
 import torch
+
 from normkit._backend import Array, Backend
 
 
 class TorchBackend(Backend):
     def constant(self, x: Array) -> Array:
+        if torch.compiler.is_compiling():
+            # See Backend.constant: a multiplication is not fused into a subtraction through this.
+            x = x.clamp(min=torch.finfo(x.dtype).min)
         return x.detach()
 
     def is_visible(self, x: Array) -> bool:

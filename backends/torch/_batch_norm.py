@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import normkit as nk
 import torch
-from normkit import _checks
-from normkit._batch_norm import apply_batch_norm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+import normkit as nk
+from normkit import _checks
+from normkit._batch_norm import apply_batch_norm
 
 from ._backend import BACKEND
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import normkit as nk
 import torch
+from torch import Tensor, nn
+
+import normkit as nk
 from normkit import _checks
 from normkit._layer_norm import apply_layer_norm
-from torch import Tensor, nn
 
 from ._backend import BACKEND
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import normkit as nk
-from normkit import _checks
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+import normkit as nk
+from normkit import _checks
 
 from . import _batch_norm, _layer_norm
 

@@ -7,9 +7,8 @@ PyTorch moves into the other two.
 
     python docs/examples/digits.py
 
-The networks are in digits_torch.py, digits_keras.py and digits_flax.py. Their activation is
-smooth (SiLU) on purpose: with ReLU a rounding error can switch a unit on or off, and from there
-on any two runs part, whatever their layers.
+The networks (digits_torch.py, digits_keras.py, digits_flax.py) have a smooth activation: with
+ReLU a rounding error can switch a unit on or off, and any two runs part, whatever their layers.
 """
 
 import argparse
@@ -32,7 +31,7 @@ NORMS = {
     "norm3": nk.LayerNorm(64),
 }
 KERNELS = {"conv1": (3, 3, 1, 16), "conv2": (3, 3, 16, 32), "dense1": (32, 64), "dense2": (64, 10)}
-TRAINING_IMAGES = 1437
+CUT = 1437  # images for training; the rest are for the test
 BATCH = 64
 RATE = 0.1
 EVALUATE_EVERY = 5  # steps
@@ -48,6 +47,7 @@ def frameworks() -> dict[str, ModuleType]:
         JAX_PLATFORMS="cpu",
         TF_CPP_MIN_LOG_LEVEL="3",
         TF_ENABLE_ONEDNN_OPTS="0",
+        OMP_NUM_THREADS="1",  # PyTorch's threads would wait for each other on a busy machine
     )
     import digits_flax
     import digits_keras
@@ -104,8 +104,7 @@ def data(rng: np.random.Generator) -> tuple[Data, Data]:
     order = rng.permutation(len(digits.target))
     images = (digits.images[order, :, :, None] / 16).astype("float32")
     labels = digits.target[order].astype("int64")
-    n = TRAINING_IMAGES
-    return (images[:n], labels[:n]), (images[n:], labels[n:])
+    return (images[:CUT], labels[:CUT]), (images[CUT:], labels[CUT:])
 
 
 def initial_weights(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -191,10 +190,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=4)
     options = parser.parse_args()
 
-    print("One network in PyTorch, Keras and Flax: the same weights, the same batches.", flush=True)
+    print("One network in PyTorch, Keras and Flax: same weights, same batches.", flush=True)
     results = run(options.epochs, options.seed)
-    print(f"\n{table(results)}\n\n{moved(results)}")
-    print(f"\nPicture: {draw(results, options.out / 'agreement.png')}")
+    picture = draw(results, options.out / "agreement.png")
+    print(f"\n{table(results)}\n\n{moved(results)}\n\nPicture: {picture}")
 
 
 if __name__ == "__main__":

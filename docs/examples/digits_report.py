@@ -88,10 +88,13 @@ def draw(results: Results, path: Path) -> Path:
         2, 2, figsize=(12, 8), sharex=True, sharey="row", height_ratios=(3, 2)
     )
     titles = "Each framework's own layers", "The same network with normkit's layers"
+    reasons = "their defaults: eps, momentum and variance differ", "one definition for all three"
     trios = results.native, results.normkit
     for column, (title, trio) in enumerate(zip(titles, trios, strict=True)):
         curves(axes[0, column], trio)
-        axes[0, column].set_title(title, loc="left", fontsize=14, fontweight="bold", pad=12)
+        axes[0, column].set_title(title, loc="left", fontsize=14, fontweight="bold", pad=26)
+        place = {"xycoords": "axes fraction", "color": MUTED}
+        axes[0, column].annotate(reasons[column], (0, 1.025), **place)
         differences(axes[1, column], trio)
     axes[0, 0].set_ylim(0, None)
     for column, trio in enumerate(trios):
@@ -104,7 +107,7 @@ def draw(results: Results, path: Path) -> Path:
         ha="left",
         fontsize=17,
     )
-    figure.subplots_adjust(left=0.085, right=0.865, top=0.87, bottom=0.08, wspace=0.4, hspace=0.16)
+    figure.subplots_adjust(left=0.085, right=0.865, top=0.85, bottom=0.08, wspace=0.4, hspace=0.16)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -112,7 +115,7 @@ def draw(results: Results, path: Path) -> Path:
 
 
 def curves(axes: Axes, trio: Trio) -> None:
-    """The three test losses, each thickest first."""
+    """The three test losses, the widest line first."""
     for style, loss in zip(STYLES.values(), trio.test_losses.T, strict=True):
         axes.plot(trio.evaluated, loss, **style)
     axes.set_xlim(0, trio.evaluated[-1])

@@ -15,7 +15,7 @@ def runner(name: str):
 
 
 @cache
-def step(definition, mask_rank):
+def step(definition, rank, mask_rank):
     @tf.function(reduce_retracing=True)
     def step(params, state, x, g, mask):
         with tf.GradientTape() as tape:
@@ -35,7 +35,7 @@ def run(job: Job) -> dict:
     out: dict = {}
     for i, (x, g) in enumerate(zip(job.batches, job.grads, strict=True)):
         mask = tf.constant(job.masks[i]) if job.masks else None
-        y, state, dx, dparams = step(definition, None if mask is None else mask.ndim)(
+        y, state, dx, dparams = step(definition, x.ndim, None if mask is None else mask.ndim)(
             params, state, tf.constant(x), tf.constant(g), mask
         )
         out |= {f"y{i}": y, f"dx{i}": dx} | {f"d{n}{i}": d for n, d in dparams.items()}

@@ -95,7 +95,11 @@ def affine_gradients(g, normal, parameter_axes) -> dict[str, Answer]:
     g = wide(g)
     others = tuple(axis for axis in range(g.ndim) if axis not in parameter_axes)
     return {
-        "dscale": Answer(np.sum(g * normal, axis=others), _sum_size(g * normal, others)),
+        # The unit of standardized values is 1, even of a group in which all are equal.
+        "dscale": Answer(
+            np.sum(g * normal, axis=others),
+            _sum_size(g * np.maximum(np.abs(normal), 1), others),
+        ),
         "dbias": Answer(np.sum(g, axis=others), _sum_size(g, others)),
     }
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-import flax.linen as nn
 import normkit as nk
 from normkit import _checks
 from normkit._batch_norm import apply_batch_norm

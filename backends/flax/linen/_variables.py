@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jax import Array
-
 import flax.linen as nn
+from jax import Array
 
 
 def parameters(layer: Any, shape: Sequence[int]) -> tuple[Array | None, Array | None]:

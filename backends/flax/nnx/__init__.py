@@ -9,11 +9,7 @@
 1e-05
 """
 
-from normkit._extras import require as _require
-
-_require("flax", "normkit.flax.nnx", "flax")
-
-from normkit.flax.nnx._batch_norm import BatchNorm as BatchNorm  # noqa: E402
-from normkit.flax.nnx._layer_norm import LayerNorm as LayerNorm  # noqa: E402
-from normkit.flax.nnx._portable import definition as definition  # noqa: E402
-from normkit.flax.nnx._portable import layer as layer  # noqa: E402
+from normkit.flax.nnx._batch_norm import BatchNorm as BatchNorm
+from normkit.flax.nnx._layer_norm import LayerNorm as LayerNorm
+from normkit.flax.nnx._portable import definition as definition
+from normkit.flax.nnx._portable import layer as layer

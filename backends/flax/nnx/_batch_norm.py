@@ -7,13 +7,13 @@ from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
-
-import normkit as nk
 from flax import nnx
 from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes, initializers
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax import Array
+
+import normkit as nk
 from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
 from normkit.flax import _arguments

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flax.nnx.nn import dtypes
 from jax import Array
 
-from flax.nnx.nn import dtypes
 from normkit._backend import DType
 from normkit.flax import _arguments
 

@@ -8,12 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
-
-import normkit as nk
 from flax import nnx
 from flax.nnx.nn import dtypes, initializers
 from flax.typing import Axes, Dtype, Initializer, PromoteDtypeFn
+from jax import Array
+
+import normkit as nk
 from normkit import _checks
 from normkit._layer_norm import apply_layer_norm
 from normkit.flax import _arguments

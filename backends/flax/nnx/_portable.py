@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import normkit as nk
 from flax import nnx
+
+import normkit as nk
 from normkit import _checks
 
 from . import _batch_norm, _layer_norm
