@@ -35,7 +35,14 @@ class Backend:
 
     def size(self, x: Array, axes: tuple[int, ...]) -> Count:
         """Number of elements along ``axes``: an int, or a scalar array where not known yet."""
-        return math.prod([x.shape[axis] for axis in axes])
+        size = math.prod([x.shape[axis] for axis in axes])
+        if size != size:  # lengths that are not known are NaN there
+            msg = (
+                f"the lengths of an array must be known, but its shape is {tuple(x.shape)}; call "
+                f"compute_chunk_sizes() on a Dask array first."
+            )
+            raise ValueError(msg)
+        return size
 
     def is_floating(self, dtype: DType) -> bool:
         """Whether ``dtype`` is a real floating-point type of this library."""

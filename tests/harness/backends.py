@@ -29,6 +29,7 @@ BACKENDS = {
     "dask": ("on_arrays", ["dask"], False),
     "torch": ("on_torch", ["torch"], True),
     "tensorflow": ("on_tensorflow", ["tensorflow"], True),
+    "tensorflow-xla": ("on_tensorflow", ["tensorflow"], True),
     "jax": ("on_jax", ["jax"], True),
     "keras-tensorflow": ("on_keras", ["keras", "tensorflow"], True),
     "keras-jax": ("on_keras", ["keras", "jax"], True),
