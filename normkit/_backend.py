@@ -25,13 +25,27 @@ class Backend:
     def check(self, x: Array) -> None:
         """Refuse an array of a kind that the engine cannot work on."""
 
+    def total(self, x: Array, axes: tuple[int, ...]) -> Array:
+        """The sum of ``x`` over ``axes``, which are kept with length 1.
+
+        Added up in float64: a library may add one value after the other, and in float32 such a sum
+        stops to grow at 2**24 values.
+        """
+        wide = self.xp.sum(x, axis=axes, keepdims=True, dtype=self.xp.float64)
+        return wide if wide.dtype == x.dtype else self.xp.astype(wide, x.dtype)
+
+    def stop_gradient(self, x: Array) -> Array:
+        """``x``, but no derivative passes through it."""
+        return x
+
     def constant(self, x: Array) -> Array:
         """``x`` as one value wherever it is used, through which no derivative passes.
 
         A compiler that computes ``a * b - c`` in two places may round ``a * b`` in one of them
-        and not in the other. What is subtracted here must be the same value in both.
+        and not in the other. What is subtracted here must be the same value in both. (A value of
+        -inf may come back as NaN.)
         """
-        return x
+        return self.stop_gradient(x)
 
     def size(self, x: Array, axes: tuple[int, ...]) -> Count:
         """Number of elements along ``axes``: an int, or a scalar array where not known yet."""
@@ -48,9 +62,9 @@ class Backend:
         """Whether ``dtype`` is a real floating-point type of this library."""
         return bool(self.xp.isdtype(dtype, "real floating"))
 
-    def statistics_dtype(self, dtype: DType) -> DType:
-        """The dtype in which statistics of ``dtype`` are taken: itself, but float32 at least."""
-        return self.xp.result_type(dtype, self.xp.float32)
+    def statistics_dtype(self, *dtypes: DType) -> DType:
+        """The dtype in which statistics of ``dtypes`` are taken: theirs, but float32 at least."""
+        return self.xp.result_type(self.xp.float32, *dtypes)
 
     def is_visible(self, x: Array) -> bool:
         """Whether the values of ``x`` can be read now, without tracing or waiting for a device."""

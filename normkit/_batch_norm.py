@@ -116,7 +116,8 @@ class BatchNorm(Definition):
             mask: which values count (booleans), or how often (nonnegative numbers): of the shape
                 of ``x``, broadcastable to it at equal rank, or without the channel axis. The rest
                 takes no part, even if it is NaN, and comes out as ``bias``. A channel in which no
-                more values count than ``correction`` keeps its running statistics.
+                more values count than ``correction`` keeps its running statistics; with
+                ``decay=None`` all channels do, if there is one such.
 
         Returns:
             ``(y, state)``; ``y`` has the shape and dtype of ``x``.
@@ -127,12 +128,13 @@ class BatchNorm(Definition):
         """
         _checks.floating(x, backend_of(x))
         _checks.rank(x, 2, "BatchNorm")
-        backend, weights = self._check(params, x, mask)
+        backend, params, weights = self._check(params, x, mask)
         _checks.keys(
             state, dict.fromkeys(("mean", "var", "count"), self.track_running_stats), "state"
         )
-        for name in ("mean", "var")[: len(state)]:
-            _checks.parameter(state[name], self.parameter_shape, name, backend)
+        shapes = {"mean": self.parameter_shape, "var": self.parameter_shape, "count": ()}
+        for name, array in state.items():
+            _checks.remembered(array, shapes[name], name, backend)
         if training or not state:
             _checks.values_per_channel(backend.size(x, self.reduced_axes(len(x.shape))))
         return apply_batch_norm(
@@ -181,7 +183,7 @@ def apply_batch_norm(
     ``var``, and ``count`` if anyone wants the batches counted.
     """
     ndim = len(x.shape)
-    channels = (axis % ndim,) if isinstance(axis, int) else axis
+    channels = axis if isinstance(axis, tuple) else (axis % ndim,)
 
     def wide(p: Array | None) -> Array | None:
         return None if p is None else with_rank(p, channels, ndim, backend)
@@ -219,6 +221,9 @@ def updated(
     """
     xp = backend.xp
     enough = batch.count > correction
+    if decay is None and is_array(enough):
+        # The batches are counted together, so the channels must have seen the same ones.
+        enough = xp.all(enough)
     if not is_array(enough) and not enough:
         return state
     dtype = backend.statistics_dtype(state["mean"].dtype)
@@ -229,7 +234,7 @@ def updated(
     new = {}
     for name, found in (("mean", batch.mean), ("var", batch.estimate(correction))):
         old = state[name]
-        value = cast(xp.reshape(backend.constant(found), old.shape), dtype, backend)
+        value = cast(xp.reshape(backend.stop_gradient(found), old.shape), dtype, backend)
         value = keep * cast(old, dtype, backend) + (1 - keep) * value
         value = cast(value, old.dtype, backend)
         if is_array(enough):
@@ -276,15 +281,22 @@ def batch_norm(
     backend = backend_of(x)
     _checks.floating(x, backend)
     _checks.rank(x, 2, "batch_norm")
+    _checks.epsilon(eps)
     (channel,) = _checks.axes_in_range(axis, len(x.shape))
-    layer = BatchNorm(
-        _checks.known_length(x, channel, scale, bias),
-        axis,
-        eps,
-        scale=scale is not None,
-        bias=bias is not None,
-        track_running_stats=False,
+    shape = (x.shape[channel],)
+    others = tuple(a for a in range(len(x.shape)) if a != channel)
+    _checks.values_per_channel(backend.size(x, others))
+    y, _ = apply_batch_norm(
+        x,
+        _checks.parameter(scale, shape, "scale", backend),
+        _checks.parameter(bias, shape, "bias", backend),
+        {},
+        axis=channel,
+        eps=eps,
+        decay=None,
+        correction=0,
+        training=True,
+        weights=_checks.weights_for(x, mask, channel, backend),
+        backend=backend,
     )
-    params = {"scale": scale, "bias": bias}
-    given = {name: p for name, p in params.items() if p is not None}
-    return layer.apply(given, {}, x, training=True, mask=mask)[0]
+    return y

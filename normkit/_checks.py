@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+from array_api_compat import is_numpy_array
+
+from normkit._arrays import backend_of
 from normkit._backend import Array, Backend, Count, is_array
 
 
@@ -45,8 +48,11 @@ def axes_in_range(axes: Any, ndim: int) -> tuple[int, ...]:
 def epsilon(eps: Any) -> None:
     """``eps`` is a finite positive number."""
     value = float(eps) if isinstance(eps, Real) else math.nan
-    if not 0 < value < math.inf:
-        msg = f"eps must be a finite number above 0, but got {eps!r}; 1e-5 is a common choice."
+    if not 2.0**-126 <= value < math.inf:  # the smallest normal number of float32
+        msg = (
+            f"eps must be a finite number above 0 in float32, but got {eps!r}; 1e-5 is a common "
+            f"choice."
+        )
         raise ValueError(msg)
 
 
@@ -111,18 +117,6 @@ def lengths(x: Array, axes: tuple[int, ...], expected: tuple[int, ...], what: An
         raise ValueError(msg)
 
 
-def known_length(x: Array, axis: int, *parameters: Array | None) -> int:
-    """The length of ``x`` along ``axis``, which a parameter tells if ``x`` does not."""
-    for array, along in ((x, axis), *((p, 0) for p in parameters if p is not None and p.shape)):
-        if array.shape[along] is not None:
-            return int(array.shape[along])
-    msg = (
-        f"the number of channels must be known, but x has shape {tuple(x.shape)} with its channels "
-        f"along axis {axis}; set its shape first."
-    )
-    raise ValueError(msg)
-
-
 def keys(given: Mapping[str, Array], wanted: Mapping[str, bool], what: Any) -> None:
     """Exactly the arrays that the layer has."""
     expected = sorted(name for name, has in wanted.items() if has)
@@ -141,13 +135,41 @@ def same_lengths(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     )
 
 
-def parameter(p: Array, shape: tuple[int, ...], name: str, backend: Backend) -> None:
-    """A parameter has the shape of the axes that it belongs to."""
+def same_library(p: Array, name: str, backend: Backend) -> Array:
+    """``p`` as an array of the library that ``x`` is of. Only NumPy's are converted unasked."""
+    if backend_of(p) is backend:
+        return p
+    if is_numpy_array(p):
+        return backend.xp.asarray(p)
+    msg = (
+        f"{name} must be an array of the same library as x, but got a {type(p).__name__}; convert "
+        f"it first."
+    )
+    raise TypeError(msg)
+
+
+def parameter(p: Array | None, shape: tuple[int, ...], name: str, backend: Backend) -> Array | None:
+    """``p`` as an array of the library of ``x``, with the shape of the axes that it lies along."""
+    if p is None:
+        return None
+    p = same_library(p, name, backend)
     floating(p, backend, name)
     if not same_lengths(tuple(p.shape), shape):
         msg = (
             f"{name} must have shape {shape}, one value for each position along the "
             f"axes it belongs to, but its shape is {tuple(p.shape)}."
+        )
+        raise ValueError(msg)
+    return p
+
+
+def remembered(array: Array, shape: tuple[int, ...], name: str, backend: Backend) -> None:
+    """State is of the library of ``x``: it is kept, so it is not converted."""
+    if backend_of(array) is not backend or not same_lengths(tuple(array.shape), shape):
+        msg = (
+            f"state[{name!r}] must be an array of shape {shape} of the same library as x, but got "
+            f"a {type(array).__name__} of shape {tuple(array.shape)}; start from the layer's own "
+            f"init(xp=...)."
         )
         raise ValueError(msg)
 
@@ -183,12 +205,16 @@ def values_per_channel(count: Count) -> None:
         raise ValueError(msg)
 
 
-def weights_for(x: Array, weights: Array, channel: int | None, backend: Backend) -> Array:
+def weights_for(
+    x: Array, weights: Array | None, channel: int | None, backend: Backend
+) -> Array | None:
     """``weights`` (or a mask) in the statistics dtype, with the rank of ``x``, ready to broadcast.
 
     Without a ``channel`` axis they broadcast by the usual rule. With one, they have the rank of
     ``x``, or one less: then they lack the channel axis.
     """
+    if weights is None:
+        return None
     xp = backend.xp
     weights = xp.asarray(weights)
     shape, full = tuple(weights.shape), tuple(x.shape)
@@ -225,17 +251,29 @@ def weights_for(x: Array, weights: Array, channel: int | None, backend: Backend)
             raise ValueError(msg)
     for _ in range(len(shape) - len(weights.shape)):
         weights = xp.expand_dims(weights, axis=0 if channel is None else channel)
-    return xp.astype(weights, backend.statistics_dtype(x.dtype))
+    counted = xp.astype(weights, backend.statistics_dtype(x.dtype))
+    if xp.isdtype(weights.dtype, "bool"):
+        return counted
+    # Where they could not be seen above.
+    return xp.where(counted > 0, counted, xp.zeros_like(counted))
 
 
-def same_number(shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
-    """A layer names one axis for each length, and at least one."""
+def one_axis_each(shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    """A layer names one axis for each length, at least one, in ascending order."""
     if len(shape) != len(axes) or not shape:
         msg = (
             f"shape and axes must name the same number of axes, one at least, but got shape "
             f"{shape} and axes {axes}."
         )
         raise ValueError(msg)
+    for sign in (True, False):
+        alike = [axis for axis in axes if (axis < 0) == sign]
+        if alike != sorted(set(alike)):
+            msg = (
+                f"axes must be in ascending order, each once, as the lengths in shape are, but got "
+                f"{axes}; sort both."
+            )
+            raise ValueError(msg)
 
 
 def no_definition(value: Any) -> TypeError:

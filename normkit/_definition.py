@@ -66,15 +66,17 @@ class Definition:
     def _initial_state(self, xp: Namespace, dtype: DType, place: dict[str, Any]) -> State:
         return {}
 
-    def _check(self, params: Params, x: Array, mask: Array | None) -> tuple[Backend, Array | None]:
-        """Refuse what does not fit; return the backend, and the mask as weights of x's rank."""
+    def _check(
+        self, params: Params, x: Array, mask: Array | None
+    ) -> tuple[Backend, Params, Array | None]:
+        """Refuse what does not fit; the rest as arrays of the library of ``x``, ready to use."""
         backend = backend_of(x)
         _checks.floating(x, backend)
         axes = self.parameter_axes(len(x.shape))
         _checks.lengths(x, axes, self.parameter_shape, self)
         _checks.keys(params, {"scale": self.scale, "bias": self.bias}, "params")
-        for name, p in params.items():
-            _checks.parameter(p, self.parameter_shape, name, backend)
-        if mask is None:
-            return backend, None
-        return backend, _checks.weights_for(x, mask, axes[-1], backend)
+        params = {
+            name: _checks.parameter(p, self.parameter_shape, name, backend)
+            for name, p in params.items()
+        }
+        return backend, params, _checks.weights_for(x, mask, axes[-1], backend)

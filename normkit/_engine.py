@@ -51,7 +51,7 @@ def normalize(
     is large. Everything given broadcasts against ``x``; weights and dtype as above.
     """
     dtype = x.dtype if dtype is None else dtype
-    compute = backend.statistics_dtype(x.dtype)
+    compute = backend.statistics_dtype(x.dtype, mean.dtype, variance.dtype)
     centred = cast(x, compute, backend) - cast(mean, compute, backend)
     if weights is not None:
         centred = backend.xp.where(weights > 0, centred, backend.xp.zeros_like(centred))
@@ -94,6 +94,10 @@ def derivative(u: Array, y: Array, rstd: Array, average: Average) -> Array:
 
 def with_rank(parameter: Array, axes: Axes, ndim: int, backend: Backend) -> Array:
     """A parameter that lies along ``axes`` of an ``ndim``-dimensional x, ready to broadcast."""
+    if None in parameter.shape:  # a length that is not known yet
+        for axis in range(ndim):
+            parameter = parameter if axis in axes else backend.xp.expand_dims(parameter, axis=axis)
+        return parameter
     shape = [1] * ndim
     for axis, length in zip(axes, parameter.shape, strict=True):
         shape[axis] = length

@@ -57,7 +57,7 @@ class LayerNorm(Definition):
         axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
         for axis in axes:
             _checks.axis_number(axis)
-        _checks.same_number(shape, axes)
+        _checks.one_axis_each(shape, axes)
         _checks.epsilon(self.eps)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "axes", axes)
@@ -114,7 +114,7 @@ class LayerNorm(Definition):
             TypeError: ``x`` is not real floating point.
             ValueError: a shape does not fit.
         """
-        backend, weights = self._check(params, x, mask)
+        backend, params, weights = self._check(params, x, mask)
         axes = self.parameter_axes(len(x.shape))
         y = apply_layer_norm(
             x,
@@ -193,10 +193,12 @@ def layer_norm(
     _checks.epsilon(eps)
     reduced = _checks.axes_in_range(axes, len(x.shape))
     shape = tuple(x.shape[axis] for axis in reduced)
-    for name, p in (("scale", scale), ("bias", bias)):
-        if p is not None:
-            _checks.parameter(p, shape, name, backend)
-    weights = None
-    if mask is not None:
-        weights = _checks.weights_for(x, mask, reduced[-1], backend)
-    return apply_layer_norm(x, scale, bias, axes=reduced, eps=eps, weights=weights, backend=backend)
+    return apply_layer_norm(
+        x,
+        _checks.parameter(scale, shape, "scale", backend),
+        _checks.parameter(bias, shape, "bias", backend),
+        axes=reduced,
+        eps=eps,
+        weights=_checks.weights_for(x, mask, reduced[-1] if reduced else None, backend),
+        backend=backend,
+    )

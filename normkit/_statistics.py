@@ -17,6 +17,7 @@ with the mean nor with the number of values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -77,9 +78,10 @@ class Moments(NamedTuple):
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of values together. Merging with none of them changes nothing.
 
-        ``other`` has the same shapes, and is of the same array library.
+        ``other`` has the same shapes (a ValueError if not), and is of the same array library.
         """
         backend = backend_of(self.mean)
+        _checks.same_shape(other.mean, self.mean, "the other mean")
         a, b = self.count, other.count
         if is_array(a) and is_array(b) and a.dtype != b.dtype:
             # Values were counted in one of them, and weights added up in the other.
@@ -88,8 +90,10 @@ class Moments(NamedTuple):
         share = _ratio(b, count, self.mean.dtype, backend)
         delta = other.mean - self.mean
         mean = self.mean + delta * share
-        spread = other.variance - self.variance + delta * delta * (1 - share)
-        return Moments(count, mean, self.variance + spread * share)
+        # delta last, so that its square cannot overflow where its share is zero.
+        between = delta * (share * (1 - share)) * delta
+        variance = self.variance + (other.variance - self.variance) * share + between
+        return Moments(count, mean, variance)
 
     def estimate(self, correction: int = 1) -> Array:
         """The variance divided by ``count - correction`` instead of ``count``.
@@ -138,7 +142,8 @@ def moments(
         x: array of real floating-point numbers.
         axes: axis or axes to reduce; all of them if None.
         weights: how often each value counts: booleans, or nonnegative numbers, of a shape that
-            broadcasts to that of ``x``. A value of weight zero takes no part, even if it is NaN.
+            broadcasts to that of ``x``. A value of weight zero takes no part, even if it is NaN,
+            and a weight of zero gets no gradient.
         keepdims: keep the reduced axes, with length 1.
 
     Returns:
@@ -148,7 +153,7 @@ def moments(
     Raises:
         TypeError: ``x`` is not real floating point.
         ValueError: an axis is out of range or named twice; ``weights`` do not broadcast, or
-            are negative.
+            are negative (where they cannot be read, as in a compiled function, those count as 0).
 
     The same as ``tf.nn.moments(x, axes)`` and ``tf.nn.weighted_moments(x, axes, weights)``.
 
@@ -180,6 +185,9 @@ def centre(x: Array, axes: Axes, weights: Array | None, backend: Backend) -> tup
     centred = select(shifted - rest)
     squares = centred * centred
     rough_variance = backend.constant(average(squares))
+    # What overflows has an infinite variance, not NaN.
+    finite = rough_variance < math.inf
+    rough_variance = backend.xp.where(finite, rough_variance, backend.xp.zeros_like(rough_variance))
     variance = rough_variance + average(squares - rough_variance)
     return centred, Moments(count, rough_mean + rest, variance)
 
@@ -192,17 +200,16 @@ def averaging(
     The average of nothing (an empty batch, weights that are all zero) is zero, never NaN. The
     ``adjoint`` of averaging, as a linear map, carries gradients back: the same without weights.
     """
-    xp = backend.xp
     if weights is None:
         count = backend.size(x, axes)
         factor = _ratio(1, count, x.dtype, backend)
-        return count, lambda a: xp.sum(a, axis=axes, keepdims=True) * factor
-    weights = weights + xp.zeros_like(x)
-    total = xp.sum(weights, axis=axes, keepdims=True)
+        return count, lambda a: backend.total(a, axes) * factor
+    weights = weights + backend.xp.zeros_like(x)
+    total = backend.total(weights, axes)
     factor = _ratio(1, total, x.dtype, backend)
     if adjoint:
-        return total, lambda a: weights * (xp.sum(a, axis=axes, keepdims=True) * factor)
-    return total, lambda a: xp.sum(a * weights, axis=axes, keepdims=True) * factor
+        return total, lambda a: weights * (backend.total(a, axes) * factor)
+    return total, lambda a: backend.total(a * weights, axes) * factor
 
 
 def _ratio(part: Count, count: Count, dtype: DType, backend: Backend) -> Any:

@@ -7,6 +7,7 @@ import pytest
 
 import normkit as nk
 import normkit.numpy
+from harness import arrays
 
 X = np.zeros((4, 3, 2), np.float32)
 ONES = {"scale": np.ones(3, np.float32), "bias": np.zeros(3, np.float32)}
@@ -82,27 +83,27 @@ CASES = {
     "eps zero": (
         lambda: nk.batch_norm(X, eps=0),
         ValueError,
-        "eps must be a finite number above 0, but got 0; 1e-5 is a common choice.",
+        "eps must be a finite number above 0 in float32, but got 0; 1e-5 is a common choice.",
     ),
     "eps nan": (
         lambda: nk.LayerNorm(3, eps=float("nan")),
         ValueError,
-        "eps must be a finite number above 0, but got nan; 1e-5 is a common choice.",
+        "eps must be a finite number above 0 in float32, but got nan; 1e-5 is a common choice.",
     ),
     "eps infinite": (
         lambda: nk.normalize(X, X, X, eps=float("inf")),
         ValueError,
-        "eps must be a finite number above 0, but got inf; 1e-5 is a common choice.",
+        "eps must be a finite number above 0 in float32, but got inf; 1e-5 is a common choice.",
     ),
     "eps text": (
         lambda: nk.BatchNorm(3, eps="small"),
         ValueError,
-        "eps must be a finite number above 0, but got 'small'; 1e-5 is a common choice.",
+        "eps must be a finite number above 0 in float32, but got 'small'; 1e-5 is a common choice.",
     ),
     "eps negative": (
         lambda: nk.layer_norm(X, eps=-1e-5),
         ValueError,
-        "eps must be a finite number above 0, but got -1e-05; 1e-5 is a common choice.",
+        "eps must be a finite number above 0 in float32, but got -1e-05; 1e-5 is a common choice.",
     ),
     "decay": (
         lambda: nk.BatchNorm(3, decay=1.5),
@@ -197,8 +198,24 @@ CASES = {
     "shape of the state": (
         lambda: bn(s=S | {"var": np.ones((3, 1), np.float32)}),
         ValueError,
-        "var must have shape (3,), one value for each position along the axes it belongs to, but "
-        "its shape is (3, 1).",
+        "state['var'] must be an array of shape (3,) of the same library as x, but got a ndarray "
+        "of shape (3, 1); start from the layer's own init(xp=...).",
+    ),
+    "eps that float32 does not have": (
+        lambda: nk.LayerNorm(3, eps=1e-50),
+        ValueError,
+        "eps must be a finite number above 0 in float32, but got 1e-50; 1e-5 is a common choice.",
+    ),
+    "axes out of order": (
+        lambda: nk.LayerNorm((3, 4), axes=(2, 1)),
+        ValueError,
+        "axes must be in ascending order, each once, as the lengths in shape are, but got (2, 1); "
+        "sort both.",
+    ),
+    "moments of other shapes": (
+        lambda: nk.Moments.of(X, 0).merge(nk.Moments.of(X, (0, 1))),
+        ValueError,
+        "the other mean must have the shape (3, 2), but its shape is (2,).",
     ),
     "one value": (
         lambda: bn(X[:1, :, :1], training=True),
@@ -338,6 +355,25 @@ def test_refused_alike_on_every_kind_of_array(kind):
     for call, error, words in refusals:
         with pytest.raises(error, match=words):
             call()
+
+
+def test_parameters_of_another_library(kind):
+    """NumPy's are converted; any other are refused, with a sentence."""
+    x, scale = kind.make(X), np.array([2, 3], np.float32)
+    y = nk.layer_norm(x, scale)
+    assert isinstance(y, kind.type)
+    np.testing.assert_allclose(np.asarray(y), np.asarray(nk.layer_norm(x, kind.make(scale))))
+    for other in arrays.kinds():
+        if other.name not in (kind.name, "numpy"):
+            foreign = other.make(scale)
+            with pytest.raises(TypeError) as raised:
+                nk.layer_norm(x, foreign)
+            assert str(raised.value) == (
+                f"scale must be an array of the same library as x, but got a "
+                f"{type(foreign).__name__}; convert it first."
+            )
+    with pytest.raises(TypeError, match="but got a value of type 'list'"):
+        nk.layer_norm(x, [1.0, 2.0])
 
 
 def test_negative_weights_are_seen_where_they_can_be(kind):

@@ -221,3 +221,65 @@ def test_unknown_lengths_are_refused():
         with pytest.raises(ValueError, match="call compute_chunk_sizes"):
             nk.moments(x, 0)
         assert nk.moments(x.compute_chunk_sizes(), 0)[0].compute().tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_more_values_than_float32_can_count(kind, weighted):
+    """Added up one after the other in float32, these would have a mean of 3.4 instead of 4."""
+    n = 20_000_000
+    x = np.full((n, 1), 3, np.float32)
+    x[::2] = 5
+    weights = kind.make(np.ones((n, 1), bool)) if weighted else None
+    count, mean, var = nk.Moments.of(kind.make(x), 0, weights=weights)
+    assert abs(float(np.asarray(count).item()) - n) <= 1
+    np.testing.assert_allclose(np.asarray(mean), [4], rtol=2e-7)
+    np.testing.assert_allclose(np.asarray(var), [1], rtol=2e-7)
+
+
+def test_merging_huge_values_with_nothing_changes_nothing(kind):
+    some = nk.Moments.of(kind.make(np.full((4, 2), 1e20, np.float32)), 0)
+    none = nk.Moments.of(kind.make(np.zeros((0, 2), np.float32)), 0)
+    for merged in (some.merge(none), none.merge(some)):
+        np.testing.assert_array_equal(np.asarray(merged.mean), np.full(2, np.float32(1e20)))
+        np.testing.assert_array_equal(np.asarray(merged.variance), np.zeros(2))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_in_its_group(kind, value):
+    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    broken = x.copy()
+    broken[2, 1] = value
+    d = nk.BatchNorm(3)
+    params, state = d.init(xp=kind.xp)
+    with np.errstate(invalid="ignore"):
+        y, new = d.apply(params, state, kind.make(broken), training=True)
+        y, mean, var = (np.asarray(a) for a in (y, new["mean"], new["var"]))
+    want, clean = d.apply(params, state, kind.make(x), training=True)
+    for got, right in (
+        (y.T, np.asarray(want).T),
+        (mean, np.asarray(clean["mean"])),
+        (var, np.asarray(clean["var"])),
+    ):
+        np.testing.assert_array_equal(got[[0, 2]], right[[0, 2]])
+        assert not np.any(np.isfinite(got[1]))
+
+
+def test_what_overflows_has_an_infinite_variance(kind):
+    with np.errstate(over="ignore"):
+        mean, var = nk.moments(kind.make(np.array([[1e30], [3e30]], np.float32)), 0)
+        y = nk.batch_norm(kind.make(np.array([[1e30], [3e30]], np.float32)))
+        mean, var, y = (np.asarray(a) for a in (mean, var, y))
+    np.testing.assert_allclose(mean, [2e30], rtol=1e-6)
+    assert var == np.inf
+    np.testing.assert_array_equal(y, [[0], [0]])
+
+
+def test_wide_statistics_of_narrow_values(kind):
+    """float64 statistics keep their digits when float32 values are normalized with them."""
+    if kind.name != "jax":  # which has float64 only when it is asked for
+        x = np.array([[10000.5], [10001.25]], np.float32)
+        mean, var = np.array([10000.123456789]), np.array([1.0])
+        y = nk.normalize(kind.make(x), kind.make(mean), kind.make(var), eps=1e-5)
+        want = (x.astype(np.float64) - mean) / np.sqrt(var + 1e-5)
+        np.testing.assert_allclose(np.asarray(y), want, rtol=2e-7)
+        assert np.asarray(y).dtype == np.float32

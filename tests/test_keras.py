@@ -286,3 +286,16 @@ def test_statistics_are_those_of_the_input_before_it_is_rounded(native, ours):
     close(ops.cast(y, "float32"), ops.cast(ops.cast(expected, "bfloat16"), "float32"))
     whole = np.arange(24, dtype="int32").reshape(6, 4)
     close(ours()(whole, **training), native()(whole.astype("float32"), **training))
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+def test_half_input_is_not_rounded_twice(half):
+    """Under a float32 policy the result is float32, and has all of its digits."""
+    x = ops.cast(np.random.default_rng(0).normal(3, 2, (64, 4)).astype("float32"), half)
+    exact = np.asarray(ops.convert_to_numpy(ops.cast(x, "float32"))).astype("float64")
+    for layer, axis in ((nkk.BatchNormalization(), 0), (nkk.LayerNormalization(), 1)):
+        y = layer(x, training=True) if axis == 0 else layer(x)
+        mean, var = exact.mean(axis, keepdims=True), exact.var(axis, keepdims=True)
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(y), (exact - mean) / np.sqrt(var + 1e-3), rtol=0, atol=2e-6
+        )

@@ -130,3 +130,17 @@ def test_a_mask_in_inference_leaves_out_what_it_names(kind):
     x = np.array([[1, np.nan], [3, 4]], np.float32)
     y, _ = d.apply(params, state, kind.make(x), mask=kind.make(~np.isnan(x)))
     np.testing.assert_allclose(np.asarray(y), [[1, 0], [3, 4]], rtol=1e-5)
+
+
+def test_the_cumulative_average_counts_whole_batches(kind):
+    """A batch in which a channel has nothing valid does not count, for any channel."""
+    d = nk.BatchNorm(2, decay=None, correction=0)
+    params, state = d.init(xp=kind.xp)
+    x = np.random.default_rng(0).normal(10, 1, (8, 2)).astype(np.float32)
+    mask = np.ones((8, 2), bool)
+    mask[:, 0] = False
+    _, state = d.apply(params, state, kind.make(x), training=True, mask=kind.make(mask))
+    _, state = d.apply(params, state, kind.make(x), training=True)
+    np.testing.assert_allclose(np.asarray(state["mean"]), x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(state["var"]), x.var(0), rtol=1e-5)
+    assert int(np.asarray(state["count"])) == 1

@@ -5,18 +5,30 @@ from __future__ import annotations
 import jax
 import jax.numpy as xp
 
-from normkit._backend import Array, Backend, DType
+from normkit._backend import Array, Backend, Count, DType
 
 
 class JaxBackend(Backend):
+    def total(self, x: Array, axes: tuple[int, ...]) -> Array:
+        # XLA adds up in parts, and in a tree of them.
+        return xp.sum(x, axis=axes, keepdims=True)
+
+    def stop_gradient(self, x: Array) -> Array:
+        return jax.lax.stop_gradient(x)
+
     def constant(self, x: Array) -> Array:
         # See Backend.constant: XLA fuses a multiplication into a subtraction, but not through this.
-        return jax.lax.stop_gradient(xp.maximum(x, xp.finfo(x.dtype).min))
+        return jax.lax.stop_gradient(xp.where(x > -xp.inf, x, xp.nan))
 
-    def statistics_dtype(self, dtype: DType) -> DType:
+    def size(self, x: Array, axes: tuple[int, ...]) -> Count:
+        # Exported functions may have lengths that are symbols, and cannot be compared.
+        size = super().size(x, axes)
+        return size if jax.core.is_constant_dim(size) else xp.asarray(size)
+
+    def statistics_dtype(self, *dtypes: DType) -> DType:
         # This promotion is the package's own rule: where JAX' is strict, there is no mistake.
         with jax.numpy_dtype_promotion("standard"):
-            return xp.promote_types(dtype, xp.float32)
+            return xp.result_type(xp.float32, *dtypes)
 
     def is_visible(self, x: Array) -> bool:
         return (

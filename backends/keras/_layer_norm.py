@@ -76,7 +76,7 @@ class LayerNormalization(keras.layers.LayerNormalization):
             shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
             for n in shape:
                 _checks.length(n, "each length in shape")
-            _checks.same_number(shape, _axes(self))
+            _checks.one_axis_each(shape, _axes(self))
         self.shape = shape
 
     def build(self, input_shape: Any) -> None:

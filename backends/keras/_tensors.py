@@ -21,9 +21,10 @@ def real_tensor(inputs: Any, compute_dtype: str) -> tuple[Array, Backend]:
     dtype = keras.backend.standardize_dtype(x.dtype)
     if dtype.startswith(("int", "uint", "bool")):
         x = keras.ops.cast(x, "float32")
-    # Keras' own result_type makes float32 of float64 on PyTorch.
-    if compute_dtype == "float64" and backend.is_floating(x.dtype):
-        x = keras.ops.cast(x, "float64")
+    # A half type is only widened, here already, if the result is to be of another type: on its way
+    # there it would be rounded twice. Keras' own result_type makes float32 of float64 on PyTorch.
+    if backend.is_floating(x.dtype) and dtype != compute_dtype:
+        x = keras.ops.cast(x, "float64" if "float64" in (dtype, compute_dtype) else "float32")
     _checks.floating(x, backend)
     return x, backend
 

@@ -60,6 +60,8 @@ class Layer:
     def backward(self, grad: NDArray) -> NDArray:
         """The gradient of x, given the gradient of the last result; ``grads`` gets the rest.
 
+        The x and mask of that call must not have been written to since.
+
         Raises:
             RuntimeError: nothing has been called yet.
             ValueError: ``grad`` has not the shape of the last result.
@@ -71,9 +73,7 @@ class Layer:
         _checks.same_shape(grad, x, "grad")
         ndim, dtype = x.ndim, BACKEND.statistics_dtype(x.dtype)
         along, axes = self.definition.parameter_axes(ndim), self.definition.reduced_axes(ndim)
-        weights = None
-        if mask is not None:
-            weights = _checks.weights_for(x, mask, along[-1], BACKEND)
+        weights = _checks.weights_for(x, mask, along[-1], BACKEND)
 
         if state is None:
             centred, used = centre(cast(x, dtype, BACKEND), axes, weights, BACKEND)
@@ -89,7 +89,7 @@ class Layer:
         others = tuple(axis for axis in range(ndim) if axis not in along)
         terms = {"scale": grad * standard, "bias": grad}
         self.grads = {
-            name: cast(terms[name].sum(axis=others), p.dtype, BACKEND)
+            name: cast(BACKEND.total(terms[name], others), p.dtype, BACKEND).reshape(p.shape)
             for name, p in self.params.items()
         }
 

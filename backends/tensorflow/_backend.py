@@ -8,6 +8,10 @@ from normkit._backend import Array, Backend, Count
 
 from . import _namespace as xp
 
+# TensorFlow adds the values along the first axes one after the other. Up to so many of them in
+# float32 that loses no digit of what is summed here; then it does.
+_MANY = 2**20
+
 
 class TensorFlowBackend(Backend):
     def check(self, x: Array) -> None:
@@ -24,11 +28,20 @@ class TensorFlowBackend(Backend):
             )
             raise ValueError(msg)
 
+    def stop_gradient(self, x: Array) -> Array:
+        return tf.stop_gradient(x)
+
     def constant(self, x: Array) -> Array:
         if not tf.executing_eagerly():
             # See Backend.constant: XLA fuses a multiplication into a subtraction, not through this.
-            x = tf.maximum(x, x.dtype.min)
+            x = tf.where(x > -float("inf"), x, tf.constant(float("nan"), x.dtype))
         return tf.stop_gradient(x)
+
+    def total(self, x: Array, axes: tuple[int, ...]) -> Array:
+        size = self.size(x, axes)
+        if isinstance(size, int) and size > _MANY:
+            return super().total(x, axes)
+        return tf.reduce_sum(x, axes, keepdims=True)
 
     def size(self, x: Array, axes: tuple[int, ...]) -> Count:
         if all(x.shape[axis] is not None for axis in axes):

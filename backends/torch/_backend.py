@@ -9,10 +9,17 @@ from normkit._backend import Array, Backend
 
 
 class TorchBackend(Backend):
+    def total(self, x: Array, axes: tuple[int, ...]) -> Array:
+        # PyTorch adds up in a tree.
+        return xp.sum(x, axis=axes, keepdims=True)
+
+    def stop_gradient(self, x: Array) -> Array:
+        return x.detach()
+
     def constant(self, x: Array) -> Array:
         if torch.compiler.is_compiling():
             # See Backend.constant: a multiplication is not fused into a subtraction through this.
-            x = x.clamp(min=torch.finfo(x.dtype).min)
+            x = torch.where(x > -torch.inf, x, torch.nan)
         return x.detach()
 
     def is_visible(self, x: Array) -> bool:

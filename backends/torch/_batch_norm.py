@@ -81,8 +81,6 @@ class BatchNorm(_BatchNorm):
         """Normalize ``input``; ``mask`` says which values count (see ``nk.BatchNorm.apply``)."""
         self._check_input_dim(input)
         axis = self._check_input(input)
-        if mask is not None:
-            mask = _checks.weights_for(input, mask, axis, BACKEND)
         state = {}
         if self.running_mean is not None and (self.track_running_stats or not self.training):
             state = {"mean": self.running_mean, "var": self.running_var}
@@ -98,7 +96,7 @@ class BatchNorm(_BatchNorm):
             decay=None if self.momentum is None else 1 - self.momentum,
             correction=self.correction,
             training=self.training,
-            weights=mask,
+            weights=_checks.weights_for(input, mask, axis, BACKEND),
             backend=BACKEND,
         )
         # In place, so that whoever holds the buffers (DDP, an averaged model) sees the update.

@@ -50,7 +50,7 @@ class LayerNorm(nn.LayerNorm):
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         if axes is not None:
-            _checks.same_number(self.normalized_shape, tuple(axes))
+            _checks.one_axis_each(self.normalized_shape, tuple(axes))
             self.axes = tuple(axes)
         if not scale:
             self.register_parameter("weight", None)
@@ -65,15 +65,13 @@ class LayerNorm(nn.LayerNorm):
         _checks.floating(input, BACKEND)
         axes = _checks.axes_in_range(self._axes(), input.ndim)
         _checks.lengths(input, axes, self.normalized_shape, self)
-        if mask is not None:
-            mask = _checks.weights_for(input, mask, axes[-1], BACKEND)
         return apply_layer_norm(
             input,
             self.weight,
             self.bias,
             axes=axes,
             eps=self.eps,
-            weights=mask,
+            weights=_checks.weights_for(input, mask, axes[-1], BACKEND),
             backend=BACKEND,
         )
 

@@ -49,7 +49,7 @@ class LayerNorm(nn.LayerNorm):
 
     def __post_init__(self) -> None:
         if self.shape is not None:
-            _checks.same_number(
+            _checks.one_axis_each(
                 _arguments.as_shape(self.shape), _arguments.as_tuple(self.feature_axes)
             )
         super().__post_init__()

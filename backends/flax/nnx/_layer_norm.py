@@ -74,7 +74,7 @@ class LayerNorm(nnx.LayerNorm):
     ) -> None:
         shape = _arguments.as_shape(num_features)
         if len(shape) > 1:
-            _checks.same_number(shape, _arguments.as_tuple(feature_axes))
+            _checks.one_axis_each(shape, _arguments.as_tuple(feature_axes))
         super().__init__(
             math.prod(shape),
             epsilon=epsilon,
