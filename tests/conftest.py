@@ -4,6 +4,23 @@ from __future__ import annotations
 
 from harness import arrays, backends
 
+# Files about one framework, for when it is chosen (or installed, if nothing is chosen).
+_ABOUT = {
+    "test_flax.py": "flax-",
+    "test_flax_rules.py": "flax-",
+    "test_jax.py": "jax",
+    "test_keras.py": "keras-",
+    "test_keras_models.py": "keras-",
+    "test_tensorflow_backend.py": "tensorflow",
+    "test_tensorflow_namespace.py": "tensorflow",
+    "test_torch.py": "torch",
+}
+collect_ignore = [
+    file
+    for file, backend in _ABOUT.items()
+    if not any(name.startswith(backend) for name in backends.chosen())
+]
+
 
 def pytest_generate_tests(metafunc):
     chosen = backends.chosen()

@@ -7,10 +7,11 @@ import re
 import keras
 import numpy as np
 import pytest
-from keras import layers, ops
+from keras import layers
 
 import normkit as nk
 import normkit.keras as nkk
+from harness.keras_layers import all_close, close, numpy
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -18,24 +19,6 @@ BACKEND = keras.backend.backend()
 X = np.random.default_rng(0).normal(0.5, 2.0, (6, 5, 4)).astype("float32")
 NATIVE = (layers.BatchNormalization, layers.LayerNormalization)
 OURS = (nkk.BatchNormalization, nkk.LayerNormalization)
-
-
-def numpy(x):
-    return ops.convert_to_numpy(x)
-
-
-def close(found, expected, scale=1.0):
-    """Equal to a few roundings in float32 of the largest number (or of ``scale``)."""
-    found, expected = numpy(found), numpy(expected)
-    assert found.shape == expected.shape
-    largest = max(scale, float(np.abs(expected).max(initial=0)))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * largest)
-
-
-def all_close(found, expected):
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        close(one, other)
 
 
 DEFINITIONS = [

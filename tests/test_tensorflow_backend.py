@@ -88,3 +88,39 @@ def test_compiled_gradients_are_as_right_as_eager_ones(dtype):
     want = gradient(x, g).numpy()
     got = tf.function(gradient, jit_compile=True)(x, g).numpy()
     np.testing.assert_allclose(got, want, rtol=0, atol=digits)
+
+
+def test_a_parameter_of_unknown_length():
+    @tf.function(input_signature=[tf.TensorSpec([None, 4, 3]), tf.TensorSpec([None])])
+    def normalized(x, scale):
+        return nk.batch_norm(x, scale)
+
+    x, scale = tf.random.normal((2, 4, 3)), tf.constant([1.0, 2.0, 3.0, 4.0])
+    np.testing.assert_allclose(normalized(x, scale), nk.batch_norm(x, scale), rtol=0, atol=4e-6)
+
+
+def of_unknown_rank():
+    tf.function(nk.moments, input_signature=[tf.TensorSpec(None)], autograph=False)(1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (
+            lambda: nk.moments(tf.ragged.constant([[1.0], [2.0, 3.0]])),
+            TypeError,
+            "normkit works on dense tensors, but got a RaggedTensor; convert it first, for example "
+            "with to_tensor(), and give a mask of what is valid.",
+        ),
+        (
+            of_unknown_rank,
+            ValueError,
+            "the rank of a tensor must be known, but its shape is <unknown>; set it first, for "
+            "example with tf.ensure_shape.",
+        ),
+    ],
+)
+def test_what_it_cannot_work_on(call, error, sentence):
+    with pytest.raises(error) as raised:
+        call()
+    assert str(raised.value) == sentence

@@ -9,16 +9,10 @@ import pickle
 
 import numpy as np
 import pytest
-
-import normkit as nk
-from harness import backends
-
-if "torch" not in backends.chosen():
-    pytest.skip("torch is not among the chosen backends", allow_module_level=True)
-
 import torch
 from torch import nn
 
+import normkit as nk
 import normkit.torch
 
 PAIRS = {
