@@ -1,6 +1,7 @@
 # make demo   one network in PyTorch, Keras and Flax: native layers drift apart, normkit's do not
 # make test   every test, on every backend
-# make check  lint and types
+# make check  lint, and the types of the core
+# make setup  nothing but ./.venv
 # Each makes ./.venv first, if it is not there or no longer fits.
 
 PYTHON ?= python3
@@ -11,14 +12,16 @@ PYTEST := $(BIN)/python -m pytest -q -n 2
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test check clean
+.PHONY: setup demo test check clean
+
+setup: $(READY)
 
 demo: $(READY)
 	@echo "== Training the digits network in PyTorch, Keras and Flax"
 	$(BIN)/python docs/examples/digits.py
 
 test: $(READY)
-	@echo "== Keras on JAX and on PyTorch (Keras on TensorFlow runs with the rest)"
+	@echo "== About ten minutes on two cores. Keras on JAX and on PyTorch (Keras on TensorFlow runs with the rest)"
 	KERAS_BACKEND=jax $(PYTEST) tests/test_keras*.py
 	KERAS_BACKEND=torch $(PYTEST) tests/test_keras*.py
 	@echo "== All tests, on all backends"

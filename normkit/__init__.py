@@ -9,13 +9,23 @@ API (``_engine.py``, ``_statistics.py``); a layer is a short description over it
 """
 
 from importlib.metadata import version as _version
+from importlib.util import find_spec as _find_spec
+from typing import Any as _Any
 
-from normkit._batch_norm import BatchNorm as BatchNorm
-from normkit._batch_norm import batch_norm as batch_norm
-from normkit._layer_norm import LayerNorm as LayerNorm
-from normkit._layer_norm import layer_norm as layer_norm
-from normkit._normalize import normalize as normalize
-from normkit._statistics import Moments as Moments
-from normkit._statistics import moments as moments
+from normkit._batch_norm import BatchNorm, batch_norm
+from normkit._layer_norm import LayerNorm, layer_norm
+from normkit._normalize import normalize
+from normkit._statistics import Moments, moments
 
 __version__ = _version("normkit")
+
+__all__ = ["BatchNorm", "LayerNorm", "Moments", "batch_norm", "layer_norm", "moments", "normalize"]
+
+
+def __getattr__(name: str) -> _Any:
+    adapter = f"{__name__}.{name}"
+    hint = ""
+    if not name.startswith("_") and _find_spec(adapter) is not None:
+        hint = f"; an adapter is imported by whoever uses it: import {adapter}"
+    msg = f"module {__name__!r} has no attribute {name!r}{hint}"
+    raise AttributeError(msg)

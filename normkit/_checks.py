@@ -286,6 +286,6 @@ def no_layer(value: Any) -> TypeError:
     """What was given as a layer is none whose definition is known."""
     msg = (
         f"a definition can be read from a BatchNorm or LayerNorm layer, but got a "
-        f"{type(value).__name__}."
+        f"{type(value).__module__}.{type(value).__qualname__}."
     )
     return TypeError(msg)

@@ -41,6 +41,10 @@ class Moments(NamedTuple):
             an int, or an array that broadcasts against ``mean``.
         mean: the mean, in float32 or wider.
         variance: the population variance (divided by ``count``), same shape as ``mean``.
+        remainder: what rounding left of the mean: ``mean + remainder`` is the mean with twice the
+            digits. Without them merging would lose those of a variance beside a large mean.
+
+    ``a + b`` is ``a.merge(b)``, and ``sum`` merges any number.
 
     Source: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing
     Sample Variances", Stanford STAN-CS-79-773, 1979.
@@ -55,6 +59,7 @@ class Moments(NamedTuple):
     count: Count
     mean: Array
     variance: Array
+    remainder: Array | float = 0.0
 
     @classmethod
     def of(
@@ -81,19 +86,28 @@ class Moments(NamedTuple):
         ``other`` has the same shapes (a ValueError if not), and is of the same array library.
         """
         backend = backend_of(self.mean)
-        _checks.same_shape(other.mean, self.mean, "the other mean")
+        for name, array in (("the other mean", other.mean), ("the other variance", other.variance)):
+            _checks.same_library(array, name, backend)
+            _checks.same_shape(array, self.mean, name)
         a, b = self.count, other.count
         if is_array(a) and is_array(b) and a.dtype != b.dtype:
             # Values were counted in one of them, and weights added up in the other.
             a, b = (cast(n, self.mean.dtype, backend) for n in (a, b))
         count = a + b
         share = _ratio(b, count, self.mean.dtype, backend)
-        delta = other.mean - self.mean
-        mean = self.mean + delta * share
+        delta = (other.mean - self.mean) + (other.remainder - self.remainder)
+        mean, remainder = _two_sum(self.mean, self.remainder + delta * share)
         # delta last, so that its square cannot overflow where its share is zero.
         between = delta * (share * (1 - share)) * delta
         variance = self.variance + (other.variance - self.variance) * share + between
-        return Moments(count, mean, variance)
+        return Moments(count, mean, variance, remainder)
+
+    def __add__(self, other: Moments) -> Moments:  # type: ignore[override]
+        return self.merge(other) if isinstance(other, Moments) else NotImplemented
+
+    def __radd__(self, other: int) -> Moments:
+        # The start of a sum.
+        return self if other == 0 else NotImplemented
 
     def estimate(self, correction: int = 1) -> Array:
         """The variance divided by ``count - correction`` instead of ``count``.
@@ -123,7 +137,8 @@ class Moments(NamedTuple):
 
         scalar = not is_array(self.count) or len(self.count.shape) == 0
         count = self.count if scalar else squeeze(self.count)
-        return Moments(count, squeeze(self.mean), squeeze(self.variance))
+        arrays = (squeeze(a) for a in (self.mean, self.variance, self.remainder))
+        return Moments(count, *arrays)
 
 
 def moments(
@@ -162,8 +177,8 @@ def moments(
     >>> mean.tolist(), variance.tolist()
     ([2.0, 4.0], [1.0, 4.0])
     """
-    _, mean, variance = Moments.of(x, axes, weights=weights, keepdims=keepdims)
-    return mean, variance
+    found = Moments.of(x, axes, weights=weights, keepdims=keepdims)
+    return found.mean, found.variance
 
 
 def centre(x: Array, axes: Axes, weights: Array | None, backend: Backend) -> tuple[Array, Moments]:
@@ -189,7 +204,8 @@ def centre(x: Array, axes: Axes, weights: Array | None, backend: Backend) -> tup
     finite = rough_variance < math.inf
     rough_variance = backend.xp.where(finite, rough_variance, backend.xp.zeros_like(rough_variance))
     variance = rough_variance + average(squares - rough_variance)
-    return centred, Moments(count, rough_mean + rest, variance)
+    mean, remainder = _two_sum(rough_mean, rest)
+    return centred, Moments(count, mean, variance, remainder)
 
 
 def averaging(
@@ -210,6 +226,12 @@ def averaging(
     if adjoint:
         return total, lambda a: weights * (backend.total(a, axes) * factor)
     return total, lambda a: backend.total(a * weights, axes) * factor
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """``a + b`` as it is rounded, and what rounding left, where ``a`` is the larger one."""
+    total = a + b
+    return total, b - (total - a)
 
 
 def _ratio(part: Count, count: Count, dtype: DType, backend: Backend) -> Any:

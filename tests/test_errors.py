@@ -288,7 +288,7 @@ CASES = {
     "no layer": (
         lambda: nk.numpy.definition(3),
         TypeError,
-        "a definition can be read from a BatchNorm or LayerNorm layer, but got a int.",
+        "a definition can be read from a BatchNorm or LayerNorm layer, but got a builtins.int.",
     ),
 }
 

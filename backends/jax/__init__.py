@@ -18,4 +18,4 @@ from normkit._extras import require as _require
 
 _require("jax", "normkit.jax", "jax")
 
-import jax.numpy as namespace  # noqa: E402, F401
+import jax.numpy as namespace  # noqa: F401

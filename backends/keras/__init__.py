@@ -14,7 +14,11 @@ from normkit._extras import require as _require
 
 _require("keras", "normkit.keras", "keras")
 
-from normkit.keras._batch_norm import BatchNormalization as BatchNormalization  # noqa: E402
-from normkit.keras._layer_norm import LayerNormalization as LayerNormalization  # noqa: E402
-from normkit.keras._portable import definition as definition  # noqa: E402
-from normkit.keras._portable import layer as layer  # noqa: E402
+from normkit.keras._batch_norm import BatchNormalization
+from normkit.keras._layer_norm import LayerNormalization
+from normkit.keras._portable import (
+    definition,
+    layer,
+)
+
+__all__ = ["BatchNormalization", "LayerNormalization", "definition", "layer"]

@@ -9,7 +9,8 @@ For models in NumPy alone, and for reading: nothing here is hidden in a framewor
 ((100, 3), ['bias', 'scale'])
 """
 
-from normkit.numpy._batch_norm import BatchNorm as BatchNorm
-from normkit.numpy._layer_norm import LayerNorm as LayerNorm
-from normkit.numpy._portable import definition as definition
-from normkit.numpy._portable import layer as layer
+from normkit.numpy._batch_norm import BatchNorm
+from normkit.numpy._layer_norm import LayerNorm
+from normkit.numpy._portable import definition, layer
+
+__all__ = ["BatchNorm", "LayerNorm", "definition", "layer"]

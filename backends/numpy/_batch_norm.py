@@ -14,6 +14,9 @@ from ._layer import Layer
 class BatchNorm(Layer):
     """Batch normalization; the arguments are those of ``nk.BatchNorm``, and ``dtype``.
 
+    ``layer(x, training=...)`` normalizes, ``layer.backward(grad)`` gives the gradient of x;
+    ``params``, ``state`` and ``grads`` are dicts of arrays.
+
     >>> import numpy as np
     >>> BatchNorm(2, decay=0.9)(np.ones((3, 2), "float32"), training=True).tolist()
     [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]

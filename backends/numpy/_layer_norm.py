@@ -14,6 +14,9 @@ from ._layer import Layer
 class LayerNorm(Layer):
     """Layer normalization; the arguments are those of ``nk.LayerNorm``, and ``dtype``.
 
+    ``layer(x)`` normalizes, ``layer.backward(grad)`` gives the gradient of x; ``params`` and
+    ``grads`` are dicts of arrays.
+
     >>> import numpy as np
     >>> LayerNorm(2)(np.array([[1.0, 3.0]])).round(4).tolist()
     [[-1.0, 1.0]]

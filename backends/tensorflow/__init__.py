@@ -20,4 +20,6 @@ from normkit._extras import require as _require
 
 _require("tensorflow", "normkit.tensorflow", "tensorflow")
 
-from normkit.tensorflow import _namespace as namespace  # noqa: E402, F401
+from normkit.tensorflow import _namespace as namespace
+
+__all__ = ["namespace"]

@@ -12,10 +12,24 @@ from normkit._extras import require as _require
 
 _require("torch", "normkit.torch", "torch")
 
-from normkit.torch._batch_norm import BatchNorm as BatchNorm  # noqa: E402
-from normkit.torch._batch_norm import BatchNorm1d as BatchNorm1d  # noqa: E402
-from normkit.torch._batch_norm import BatchNorm2d as BatchNorm2d  # noqa: E402
-from normkit.torch._batch_norm import BatchNorm3d as BatchNorm3d  # noqa: E402
-from normkit.torch._layer_norm import LayerNorm as LayerNorm  # noqa: E402
-from normkit.torch._portable import definition as definition  # noqa: E402
-from normkit.torch._portable import layer as layer  # noqa: E402
+from normkit.torch._batch_norm import (
+    BatchNorm,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+)
+from normkit.torch._layer_norm import LayerNorm
+from normkit.torch._portable import (
+    definition,
+    layer,
+)
+
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LayerNorm",
+    "definition",
+    "layer",
+]

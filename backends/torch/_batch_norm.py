@@ -120,6 +120,8 @@ class BatchNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
+        if self.weight is None and self.bias is not None:
+            text += ", scale=False"
         for name, usual in (("axis", 1), ("correction", 1)):
             if getattr(self, name) != usual:
                 text += f", {name}={getattr(self, name)}"
@@ -127,19 +129,34 @@ class BatchNorm(_BatchNorm):
 
 
 class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d``, for ``(N, C)`` and ``(N, C, L)``. See :class:`BatchNorm`."""
+    """``torch.nn.BatchNorm1d``, for ``(N, C)`` and ``(N, C, L)``; with a mask, and exact.
+
+    Its arguments, parameters, buffers and behaviour are the native layer's; state dicts load both
+    ways. New are the keyword arguments ``axis``, ``correction`` and ``scale``, and ``mask`` in a
+    call: see :class:`BatchNorm`.
+    """
 
     _check_input_dim = nn.BatchNorm1d._check_input_dim
 
 
 class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d``, for ``(N, C, H, W)``. See :class:`BatchNorm`."""
+    """``torch.nn.BatchNorm2d``, for ``(N, C, H, W)``; with a mask, and exact.
+
+    Its arguments, parameters, buffers and behaviour are the native layer's; state dicts load both
+    ways. New are the keyword arguments ``axis``, ``correction`` and ``scale``, and ``mask`` in a
+    call: see :class:`BatchNorm`.
+    """
 
     _check_input_dim = nn.BatchNorm2d._check_input_dim
 
 
 class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d``, for ``(N, C, D, H, W)``. See :class:`BatchNorm`."""
+    """``torch.nn.BatchNorm3d``, for ``(N, C, D, H, W)``; with a mask, and exact.
+
+    Its arguments, parameters, buffers and behaviour are the native layer's; state dicts load both
+    ways. New are the keyword arguments ``axis``, ``correction`` and ``scale``, and ``mask`` in a
+    call: see :class:`BatchNorm`.
+    """
 
     _check_input_dim = nn.BatchNorm3d._check_input_dim
 

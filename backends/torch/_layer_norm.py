@@ -80,6 +80,8 @@ class LayerNorm(nn.LayerNorm):
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
+        if self.weight is None and self.bias is not None:
+            text += ", scale=False"
         return text if self.axes is None else f"{text}, axes={self.axes}"
 
 

@@ -11,7 +11,8 @@
 1e-05
 """
 
-from normkit.flax.linen._batch_norm import BatchNorm as BatchNorm
-from normkit.flax.linen._layer_norm import LayerNorm as LayerNorm
-from normkit.flax.linen._portable import definition as definition
-from normkit.flax.linen._portable import layer as layer
+from normkit.flax.linen._batch_norm import BatchNorm
+from normkit.flax.linen._layer_norm import LayerNorm
+from normkit.flax.linen._portable import definition, layer
+
+__all__ = ["BatchNorm", "LayerNorm", "definition", "layer"]

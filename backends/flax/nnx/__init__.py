@@ -9,7 +9,8 @@
 1e-05
 """
 
-from normkit.flax.nnx._batch_norm import BatchNorm as BatchNorm
-from normkit.flax.nnx._layer_norm import LayerNorm as LayerNorm
-from normkit.flax.nnx._portable import definition as definition
-from normkit.flax.nnx._portable import layer as layer
+from normkit.flax.nnx._batch_norm import BatchNorm
+from normkit.flax.nnx._layer_norm import LayerNorm
+from normkit.flax.nnx._portable import definition, layer
+
+__all__ = ["BatchNorm", "LayerNorm", "definition", "layer"]
