@@ -8,7 +8,6 @@ API (``_engine.py``, ``_statistics.py``); a layer is a short description over it
 ``normkit.flax.linen``, each imported by whoever uses it.
 """
 
-from importlib.metadata import version as _version
 from importlib.util import find_spec as _find_spec
 from typing import Any as _Any
 
@@ -17,12 +16,15 @@ from normkit._layer_norm import LayerNorm, layer_norm
 from normkit._normalize import normalize
 from normkit._statistics import Moments, moments
 
-__version__ = _version("normkit")
-
 __all__ = ["BatchNorm", "LayerNorm", "Moments", "batch_norm", "layer_norm", "moments", "normalize"]
 
 
 def __getattr__(name: str) -> _Any:
+    if name == "__version__":
+        # Asked for when it is wanted: looking it up takes longer than importing the package.
+        from importlib.metadata import version
+
+        return version(__name__)
     adapter = f"{__name__}.{name}"
     hint = ""
     if not name.startswith("_") and _find_spec(adapter) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import array_api_compat.numpy
+import numpy
 
 from normkit import _checks
 from normkit._arrays import backend_of, backend_of_namespace
@@ -53,7 +53,7 @@ class Definition:
             ``(params, state)``, dicts of arrays: ``scale`` (ones) and ``bias`` (zeros), as far as
             the layer has them; and what the layer remembers, nothing unless it says so.
         """
-        backend = backend_of_namespace(array_api_compat.numpy if xp is None else xp)
+        backend = backend_of_namespace(numpy if xp is None else xp)
         xp, place = backend.xp, {} if device is None else {"device": device}
         dtype = xp.float32 if dtype is None else dtype
         params = {}

@@ -91,6 +91,19 @@ def test_a_missing_framework_is_named_with_its_extra(adapter, framework, extra):
     )
 
 
+def test_an_adapter_that_was_not_imported_is_named():
+    code = (
+        "import normkit\ntry:\n    normkit.torch\nexcept AttributeError as error:\n    print(error)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == (
+        "module 'normkit' has no attribute 'torch'; an adapter is imported by whoever uses it: "
+        "import normkit.torch"
+    )
+    with pytest.raises(AttributeError, match="^module 'normkit' has no attribute 'tourch'$"):
+        _ = normkit.tourch
+
+
 def names_and_strings(tree: ast.AST):
     """What the code says, without its docstrings and messages."""
     for node in ast.walk(tree):
