@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy
@@ -15,7 +16,7 @@ Params = dict[str, Array]
 State = dict[str, Array]
 
 
-class Definition:
+class Definition(ABC):
     """A layer as a value of no framework; each kind of layer is a frozen dataclass.
 
     A layer says which shape its parameters have, along which axes of x they lie, and over which
@@ -26,17 +27,17 @@ class Definition:
     bias: bool
 
     @property
+    @abstractmethod
     def parameter_shape(self) -> tuple[int, ...]:
         """The shape of ``scale`` and of ``bias``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameter_axes(self, ndim: int) -> Axes:
         """The axes of an ``ndim``-dimensional x along which ``scale`` and ``bias`` lie."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reduced_axes(self, ndim: int) -> Axes:
         """The axes of an ``ndim``-dimensional x over which statistics are taken."""
-        raise NotImplementedError
 
     def init(
         self, xp: Namespace = None, dtype: DType = None, device: Any = None

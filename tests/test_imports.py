@@ -100,7 +100,7 @@ def test_an_adapter_that_was_not_imported_is_named():
         "module 'normkit' has no attribute 'torch'; an adapter is imported by whoever uses it: "
         "import normkit.torch"
     )
-    with pytest.raises(AttributeError, match="^module 'normkit' has no attribute 'tourch'$"):
+    with pytest.raises(AttributeError, match=r"^module 'normkit' has no attribute 'tourch'$"):
         _ = normkit.tourch
 
 
