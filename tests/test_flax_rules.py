@@ -203,7 +203,7 @@ def test_definitions_of_native_layers():
     options = {"use_scale": False, "epsilon": 0.5}
     batch = nk.BatchNorm.flax(4, scale=False, eps=0.5)
     several = {"reduction_axes": (1, 2), "feature_axes": (2, 1)}
-    layer = nk.LayerNorm((5, 4), (2, 1), eps=0.5, scale=False)
+    layer = nk.LayerNorm((5, 4), (1, 2), eps=0.5, scale=False)
     rngs = nnx.Rngs(0)
     assert nkx.definition(nnx.BatchNorm(4, rngs=rngs, **options)) == batch
     assert nkx.definition(nnx.LayerNorm(4, rngs=rngs)) == nk.LayerNorm.flax(4)
@@ -278,8 +278,8 @@ def test_refusals():
         (TypeError, integer, lambda: nkl.layer(nk.LayerNorm(4)).init(key, jnp.ones((2, 4), int))),
         (TypeError, "a layer is built from a definition", lambda: nkx.layer(4)),
         (TypeError, "a layer is built from a definition", lambda: nkl.layer(4)),
-        (TypeError, "but got a Dropout", lambda: nkx.definition(nnx.Dropout(0.5))),
-        (TypeError, "but got a Dropout", lambda: nkl.definition(nn.Dropout(0.5))),
+        (TypeError, "but got a flax", lambda: nkx.definition(nnx.Dropout(0.5))),
+        (TypeError, "but got a flax", lambda: nkl.definition(nn.Dropout(0.5))),
     ):
         with pytest.raises(error, match=re.escape(sentence)):
             refused()

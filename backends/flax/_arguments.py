@@ -123,4 +123,6 @@ def same_axes(layer: Any) -> Axes:
             f"no definition describes it."
         )
         raise ValueError(msg)
-    return axes
+    # Flax takes them in any order, and lays parameters out in ascending order.
+    alike = len({axis < 0 for axis in axes}) == 1
+    return tuple(sorted(axes)) if alike else axes
