@@ -70,10 +70,6 @@ class Backend:
         """Whether the values of ``x`` can be read now, without tracing or waiting for a device."""
         return False
 
-    def device(self, x: Array) -> Any:
-        """Where ``x`` lives, as ``device=`` of the namespace's creation functions takes it."""
-        return x.device
-
 
 def is_array(count: Count) -> bool:
     """Whether a count is an array. If not it is a number, which may be symbolic."""

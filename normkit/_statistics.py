@@ -74,8 +74,7 @@ class Moments(NamedTuple):
         backend = backend_of(x)
         _checks.floating(x, backend)
         reduced = _checks.axes_in_range(axes, len(x.shape))
-        if weights is not None:
-            weights = _checks.weights_for(x, weights, None, backend)
+        weights = _checks.weights_for(x, weights, None, backend)
         x = cast(x, backend.statistics_dtype(x.dtype), backend)
         _, kept = centre(x, reduced, weights, backend)
         return kept if keepdims else kept.squeezed(reduced, backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,7 +49,3 @@ def _kind(name: str) -> Kind:
 
         return Kind(name, xp, xp.asarray, jax.Array)
     return Kind(name, np, np.asarray, np.ndarray)
-
-
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
