@@ -1,9 +1,9 @@
 """Normalization layers that mean the same thing in every framework.
 
 A layer is one operation: choose the axes to reduce, standardize over them, scale and shift along
-the parameter axes, and (BatchNorm) remember the statistics. It is written once, against the Array
-API (``_engine.py``, ``_statistics.py``); a layer is a short description over it
-(``_batch_norm.py``, ``_layer_norm.py``); an adapter makes that a layer of its framework:
+the parameter axes, and maybe remember the statistics. It is written once, against the Array API
+(``_engine.py``, ``_statistics.py``); a layer is a short description over it (``_batch_norm.py``,
+``_layer_norm.py`` and so on); an adapter makes that a layer of its framework:
 ``normkit.numpy``, ``normkit.torch``, ``normkit.keras``, ``normkit.flax.nnx``,
 ``normkit.flax.linen``, each imported by whoever uses it.
 """
@@ -12,11 +12,28 @@ from importlib.util import find_spec as _find_spec
 from typing import Any as _Any
 
 from normkit._batch_norm import BatchNorm, batch_norm
+from normkit._group_norm import GroupNorm, group_norm
+from normkit._instance_norm import InstanceNorm, instance_norm
 from normkit._layer_norm import LayerNorm, layer_norm
 from normkit._normalize import normalize
+from normkit._rms_norm import RMSNorm, rms_norm
 from normkit._statistics import Moments, moments
 
-__all__ = ["BatchNorm", "LayerNorm", "Moments", "batch_norm", "layer_norm", "moments", "normalize"]
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "Moments",
+    "RMSNorm",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "moments",
+    "normalize",
+    "rms_norm",
+]
 
 
 def __getattr__(name: str) -> _Any:

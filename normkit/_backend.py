@@ -58,6 +58,18 @@ class Backend:
             raise ValueError(msg)
         return size
 
+    def split(self, x: Array, axis: int, groups: int) -> Array:
+        """``x`` with ``axis`` as two: ``groups``, and what is in each."""
+        shape = tuple(x.shape)
+        inner = shape[axis] // groups
+        return self.xp.reshape(x, (*shape[:axis], groups, inner, *shape[axis + 1 :]))
+
+    def join(self, x: Array, axis: int) -> Array:
+        """``x`` with ``axis`` and the next as one: undoes :meth:`split`."""
+        shape = tuple(x.shape)
+        length = shape[axis] * shape[axis + 1]
+        return self.xp.reshape(x, (*shape[:axis], length, *shape[axis + 2 :]))
+
     def is_floating(self, dtype: DType) -> bool:
         """Whether ``dtype`` is a real floating-point type of this library."""
         return bool(self.xp.isdtype(dtype, "real floating"))

@@ -7,14 +7,15 @@ from typing import Any
 
 from normkit import _checks
 from normkit._arrays import backend_of
-from normkit._backend import Array, Backend, DType, Namespace, is_array
-from normkit._definition import Definition, Params, State
+from normkit._backend import Array, Backend, DType
+from normkit._definition import Params, State
 from normkit._engine import normalize, standardize, with_rank
-from normkit._statistics import Axes, Moments, cast
+from normkit._running import Remembering, updated
+from normkit._statistics import Axes
 
 
 @dataclass(frozen=True)
-class BatchNorm(Definition):
+class BatchNorm(Remembering):
     """Batch normalization of each channel: ``(x - mean) / sqrt(variance + eps) * scale + bias``.
 
     In training, mean and population variance are those of the batch, taken over every axis but
@@ -129,12 +130,7 @@ class BatchNorm(Definition):
         _checks.floating(x, backend_of(x))
         _checks.rank(x, 2, "BatchNorm")
         backend, params, weights = self._check(params, x, mask)
-        _checks.keys(
-            state, dict.fromkeys(("mean", "var", "count"), self.track_running_stats), "state"
-        )
-        shapes = {"mean": self.parameter_shape, "var": self.parameter_shape, "count": ()}
-        for name, array in state.items():
-            _checks.remembered(array, shapes[name], name, backend)
+        self._check_state(state, backend)
         if training or not state:
             _checks.values_per_channel(backend.size(x, self.reduced_axes(len(x.shape))))
         return apply_batch_norm(
@@ -151,15 +147,6 @@ class BatchNorm(Definition):
             backend=backend,
         )
 
-    def _initial_state(self, xp: Namespace, dtype: DType, place: dict[str, Any]) -> State:
-        if not self.track_running_stats:
-            return {}
-        return {
-            "mean": xp.zeros(self.parameter_shape, dtype=dtype, **place),
-            "var": xp.ones(self.parameter_shape, dtype=dtype, **place),
-            "count": xp.zeros((), dtype=xp.asarray(0).dtype, **place),
-        }
-
 
 def apply_batch_norm(
     x: Array,
@@ -168,6 +155,7 @@ def apply_batch_norm(
     state: State,
     *,
     axis: int | Axes,
+    apart: Axes = (),
     eps: float,
     decay: float | None,
     correction: int,
@@ -180,7 +168,8 @@ def apply_batch_norm(
 
     ``scale`` and ``bias`` have the lengths of ``x`` along ``axis``, which may be several axes in
     ascending order; ``weights`` have the rank of ``x``. ``state`` is empty, or has ``mean`` and
-    ``var``, and ``count`` if anyone wants the batches counted.
+    ``var``, and ``count`` if anyone wants the batches counted. Each position along the axes
+    ``apart`` has statistics of its own, and their average is remembered.
     """
     ndim = len(x.shape)
     channels = axis if isinstance(axis, tuple) else (axis % ndim,)
@@ -190,12 +179,12 @@ def apply_batch_norm(
 
     scale, bias = wide(scale), wide(bias)
     if training or not state:
-        axes = tuple(a for a in range(ndim) if a not in channels)
+        axes = tuple(a for a in range(ndim) if a not in channels and a not in apart)
         y, batch = standardize(
             x, axes, scale, bias, eps=eps, weights=weights, dtype=dtype, backend=backend
         )
         if training and state:
-            state = updated(state, batch, decay, correction, backend)
+            state = updated(state, batch, apart, decay, correction, backend)
         return y, state
     y = normalize(
         x,
@@ -209,42 +198,6 @@ def apply_batch_norm(
         backend=backend,
     )
     return y, state
-
-
-def updated(
-    state: State, batch: Moments, decay: float | None, correction: int, backend: Backend
-) -> State:
-    """The running statistics after ``batch``; no derivative passes through them.
-
-    Where the batch holds no more values than ``correction``, it does not define a variance, and
-    the running statistics stay as they are.
-    """
-    xp = backend.xp
-    enough = batch.count > correction
-    if decay is None and is_array(enough):
-        # The batches are counted together, so the channels must have seen the same ones.
-        enough = xp.all(enough)
-    if not is_array(enough) and not enough:
-        return state
-    dtype = backend.statistics_dtype(state["mean"].dtype)
-    if decay is None:
-        keep = 1 - 1 / (cast(state["count"], dtype, backend) + 1)
-    else:
-        keep = decay
-    new = {}
-    for name, found in (("mean", batch.mean), ("var", batch.estimate(correction))):
-        old = state[name]
-        value = cast(xp.reshape(backend.stop_gradient(found), old.shape), dtype, backend)
-        value = keep * cast(old, dtype, backend) + (1 - keep) * value
-        value = cast(value, old.dtype, backend)
-        if is_array(enough):
-            moved = xp.reshape(enough, old.shape) if len(enough.shape) else enough
-            value = xp.where(moved, value, old)
-        new[name] = value
-    if "count" in state:
-        count = state["count"]
-        new["count"] = count + (xp.astype(xp.any(enough), count.dtype) if is_array(enough) else 1)
-    return new
 
 
 def batch_norm(

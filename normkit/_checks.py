@@ -50,7 +50,7 @@ def epsilon(eps: Any) -> None:
     value = float(eps) if isinstance(eps, Real) else math.nan
     if not 2.0**-126 <= value < math.inf:  # the smallest normal number of float32
         msg = (
-            f"eps must be a finite number above 0 in float32, but got {eps!r}; 1e-5 is a common "
+            f"eps must be positive and finite, in float32 too, but got {eps!r}; 1e-5 is a common "
             f"choice."
         )
         raise ValueError(msg)
@@ -205,6 +205,26 @@ def values_per_channel(count: Count) -> None:
         raise ValueError(msg)
 
 
+def values_per_group(count: Count, what: Any) -> None:
+    """More than one value to take the statistics of a group from."""
+    if not is_array(count) and count == 1:
+        msg = (
+            f"{what} needs more than one value in each group that it normalizes, but got one: its "
+            f"variance is not defined. Use larger groups, or an x with more positions."
+        )
+        raise ValueError(msg)
+
+
+def divisible(num_channels: int, num_groups: int) -> None:
+    """Groups of equal size."""
+    if num_channels % num_groups:
+        msg = (
+            f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups}), so "
+            f"that the groups are of equal size."
+        )
+        raise ValueError(msg)
+
+
 def weights_for(
     x: Array, weights: Array | None, channel: int | None, backend: Backend
 ) -> Array | None:
@@ -276,6 +296,32 @@ def one_axis_each(shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
             raise ValueError(msg)
 
 
+def shape_and_axes(shape: Any, axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The lengths that a layer is defined for and the axes they are of, the last ones if None."""
+    shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    for n in shape:
+        length(n, "each length in shape")
+    if axes is None:
+        axes = tuple(range(-len(shape), 0))
+    axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
+    for axis in axes:
+        axis_number(axis)
+    one_axis_each(shape, axes)
+    return shape, axes
+
+
+def channel_axis(axis: Any, ndim: int) -> tuple[int, ...]:
+    """The channel axis where the first axis is the batch's."""
+    found = axes_in_range(axis, ndim)
+    if found == (0,):
+        msg = (
+            f"the first axis is that of the samples, which are normalized one by one, but the "
+            f"channel axis {axis} of {ndim} dimensions is the same; move the axes of x."
+        )
+        raise ValueError(msg)
+    return found
+
+
 def no_definition(value: Any) -> TypeError:
     """What was given as a definition is none."""
     msg = f"a layer is built from a definition such as nk.BatchNorm(64), but got {value!r}."
@@ -285,7 +331,7 @@ def no_definition(value: Any) -> TypeError:
 def no_layer(value: Any) -> TypeError:
     """What was given as a layer is none whose definition is known."""
     msg = (
-        f"a definition can be read from a BatchNorm or LayerNorm layer, but got a "
+        f"a definition can be read from a normalization layer, but got a "
         f"{type(value).__module__}.{type(value).__qualname__}."
     )
     return TypeError(msg)

@@ -39,6 +39,16 @@ class Definition(ABC):
     def reduced_axes(self, ndim: int) -> Axes:
         """The axes of an ``ndim``-dimensional x over which statistics are taken."""
 
+    @property
+    def groups(self) -> int:
+        """How many groups of channels have statistics of their own, if the channels are reduced."""
+        return 1
+
+    @property
+    def first_scale(self) -> float:
+        """What ``scale`` starts from."""
+        return 1.0
+
     def init(
         self, xp: Namespace = None, dtype: DType = None, device: Any = None
     ) -> tuple[Params, State]:
@@ -51,15 +61,17 @@ class Definition(ABC):
             device: as the creation functions of ``xp`` take it.
 
         Returns:
-            ``(params, state)``, dicts of arrays: ``scale`` (ones) and ``bias`` (zeros), as far as
-            the layer has them; and what the layer remembers, nothing unless it says so.
+            ``(params, state)``, dicts of arrays: ``scale`` (ones, unless the layer says
+            otherwise) and ``bias`` (zeros), as far as the layer has them; and what the layer
+            remembers, nothing unless it says so.
         """
         backend = backend_of_namespace(numpy if xp is None else xp)
         xp, place = backend.xp, {} if device is None else {"device": device}
         dtype = xp.float32 if dtype is None else dtype
         params = {}
         if self.scale:
-            params["scale"] = xp.ones(self.parameter_shape, dtype=dtype, **place)
+            first = xp.ones if self.first_scale else xp.zeros
+            params["scale"] = first(self.parameter_shape, dtype=dtype, **place)
         if self.bias:
             params["bias"] = xp.zeros(self.parameter_shape, dtype=dtype, **place)
         return params, self._initial_state(xp, backend.statistics_dtype(dtype), place)

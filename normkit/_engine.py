@@ -7,7 +7,7 @@ else, such as a running average (:func:`normalize`). How they are taken is in ``
 from __future__ import annotations
 
 from normkit._backend import Array, Backend, DType
-from normkit._statistics import Average, Axes, Moments, cast, centre
+from normkit._statistics import Average, Axes, Moments, averaging, cast, centre, select, spread
 
 
 def standardize(
@@ -30,7 +30,36 @@ def standardize(
     dtype = x.dtype if dtype is None else dtype
     x = cast(x, backend.statistics_dtype(x.dtype), backend)
     centred, found = centre(x, axes, weights, backend)
-    return _affine(centred, found.variance, scale, bias, eps, dtype, backend), found
+    rstd = centred.rstd(eps, backend)
+    return _affine(centred.values, rstd, scale, bias, dtype, backend), found
+
+
+def rescale(
+    x: Array,
+    axes: Axes,
+    scale: Array | None,
+    *,
+    eps: float | None,
+    weights: Array | None = None,
+    scale_after_cast: bool = False,
+    dtype: DType | None = None,
+    backend: Backend,
+) -> Array:
+    """``x / sqrt(mean(x * x) + eps) * scale``: standardization that does not centre.
+
+    ``eps`` may be None, for the machine epsilon of the dtype that is computed in; with
+    ``scale_after_cast`` the last product is one of the dtype of the result. The rest as above.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    x = cast(x, backend.statistics_dtype(x.dtype), backend)
+    x = select(x, weights, backend)
+    _, average = averaging(x, axes, weights, backend)
+    found = spread(x, average, backend)
+    rstd = found.rstd(epsilon(eps, x.dtype, backend), backend)
+    if scale_after_cast:
+        y = cast(found.values * rstd, dtype, backend)
+        return y if scale is None else y * cast(scale, dtype, backend)
+    return _affine(found.values, rstd, scale, None, dtype, backend)
 
 
 def normalize(
@@ -53,26 +82,23 @@ def normalize(
     dtype = x.dtype if dtype is None else dtype
     compute = backend.statistics_dtype(x.dtype, mean.dtype, variance.dtype)
     centred = cast(x, compute, backend) - cast(mean, compute, backend)
-    if weights is not None:
-        centred = backend.xp.where(weights > 0, centred, backend.xp.zeros_like(centred))
-    variance = cast(variance, compute, backend)
-    return _affine(centred, variance, scale, bias, eps, dtype, backend)
+    centred = select(centred, weights, backend)
+    rstd = 1 / backend.xp.sqrt(cast(variance, compute, backend) + eps)
+    return _affine(centred, rstd, scale, bias, dtype, backend)
 
 
 def _affine(
     centred: Array,
-    variance: Array,
+    rstd: Array,
     scale: Array | None,
     bias: Array | None,
-    eps: float,
     dtype: DType,
     backend: Backend,
 ) -> Array:
-    factor = 1 / backend.xp.sqrt(variance + eps)
-    if scale is not None and scale.shape == factor.shape:
+    if scale is not None and scale.shape == rstd.shape:
         # One pass over the data fewer, where both are small and of one shape (BatchNorm).
-        factor, scale = factor * cast(scale, factor.dtype, backend), None
-    y = centred * factor
+        rstd, scale = rstd * cast(scale, rstd.dtype, backend), None
+    y = centred * rstd
     if scale is not None:
         y = y * cast(scale, y.dtype, backend)
     if bias is not None:
@@ -80,7 +106,16 @@ def _affine(
     return cast(y, dtype, backend)
 
 
-def derivative(u: Array, y: Array, rstd: Array, average: Average) -> Array:
+def epsilon(eps: float | None, dtype: DType, backend: Backend) -> float:
+    """``eps``; if None, the machine epsilon of ``dtype``, which is float32 or float64."""
+    if eps is not None:
+        return eps
+    return 2.0**-23 if dtype == backend.xp.float32 else 2.0**-52
+
+
+def derivative(
+    u: Array, y: Array, rstd: Array, average: Average, *, centered: bool = True
+) -> Array:
     """J u, for the Jacobian J of standardization at the standardized values ``y``.
 
     J is symmetric, so the one formula serves both modes: with tangents of x it gives tangents of
@@ -88,8 +123,11 @@ def derivative(u: Array, y: Array, rstd: Array, average: Average) -> Array:
     takes the adjoint of the averaging function::
 
         J u = rstd * (u - mean(u) - y * mean(u * y)),     rstd = 1 / sqrt(variance + eps)
+
+    Where the mean is not subtracted from x, neither is that of u.
     """
-    return rstd * (u - average(u) - y * average(u * y))
+    rest = y * average(u * y)
+    return rstd * (u - average(u) - rest if centered else u - rest)
 
 
 def with_rank(parameter: Array, axes: Axes, ndim: int, backend: Backend) -> Array:

@@ -48,16 +48,7 @@ class LayerNorm(Definition):
     bias: bool = True
 
     def __post_init__(self) -> None:
-        shape = tuple(self.shape) if isinstance(self.shape, Sequence) else (self.shape,)
-        for n in shape:
-            _checks.length(n, "each length in shape")
-        axes = self.axes
-        if axes is None:
-            axes = tuple(range(-len(shape), 0))
-        axes = tuple(axes) if isinstance(axes, Sequence) else (axes,)
-        for axis in axes:
-            _checks.axis_number(axis)
-        _checks.one_axis_each(shape, axes)
+        shape, axes = _checks.shape_and_axes(self.shape, self.axes)
         _checks.epsilon(self.eps)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "axes", axes)

@@ -180,31 +180,73 @@ def moments(
     return found.mean, found.variance
 
 
-def centre(x: Array, axes: Axes, weights: Array | None, backend: Backend) -> tuple[Array, Moments]:
+class Centred(NamedTuple):
+    """Values less their mean, and how far they spread, in a unit in which squares are finite.
+
+    Attributes:
+        values: x less its mean; zero where the weight is zero.
+        variance: the mean of the squared values (reduced axes kept).
+        per_unit: what x was multiplied by to get values and variance in this unit: 1, or an array
+            of powers of two. Standardized values do not depend on it.
+    """
+
+    values: Array
+    variance: Array
+    per_unit: Array | float
+
+    def rstd(self, eps: float, backend: Backend) -> Array:
+        """1 / sqrt(variance + eps), in the same unit: its product with ``values`` has none."""
+        return 1 / backend.xp.sqrt(self.variance + eps * self.per_unit * self.per_unit)
+
+
+def centre(
+    x: Array, axes: Axes, weights: Array | None, backend: Backend
+) -> tuple[Centred, Moments]:
     """``x`` less its mean over ``axes``, and the moments it has (reduced axes kept).
 
     ``x`` and ``weights`` have the statistics dtype and the same rank. Where a weight is zero,
-    ``x`` is replaced before any arithmetic, so that NaN or infinity there reaches nothing, and
-    the result is zero.
+    ``x`` is replaced before any arithmetic, so that NaN or infinity there reaches nothing.
     """
-
-    def select(a: Array) -> Array:
-        return a if weights is None else backend.xp.where(weights > 0, a, backend.xp.zeros_like(a))
-
-    x = select(x)
+    x = select(x, weights, backend)
     count, average = averaging(x, axes, weights, backend)
     rough_mean = backend.constant(average(x))
-    shifted = select(x - rough_mean)
+    shifted = select(x - rough_mean, weights, backend)
     rest = average(shifted)
-    centred = select(shifted - rest)
-    squares = centred * centred
-    rough_variance = backend.constant(average(squares))
-    # What overflows has an infinite variance, not NaN.
-    finite = rough_variance < math.inf
-    rough_variance = backend.xp.where(finite, rough_variance, backend.xp.zeros_like(rough_variance))
-    variance = rough_variance + average(squares - rough_variance)
+    found = spread(select(shifted - rest, weights, backend), average, backend)
     mean, remainder = _two_sum(rough_mean, rest)
-    return centred, Moments(count, mean, variance, remainder)
+    variance = found.variance
+    if is_array(found.per_unit):
+        variance = variance / found.per_unit / found.per_unit
+    return found, Moments(count, mean, variance, remainder)
+
+
+def spread(values: Array, average: Average, backend: Backend) -> Centred:
+    """How far ``values`` lie from zero.
+
+    Squares that would overflow are taken in another unit, a power of two: nothing is rounded.
+    """
+    xp = backend.xp
+    squares = values * values
+    rough = backend.constant(average(squares))
+    finite = rough < math.inf
+    per_unit: Array | float = 1.0
+    if not (backend.is_visible(finite) and bool(xp.all(finite))):
+        one = xp.ones_like(rough)
+        per_unit = xp.where(finite, one, one * _SMALL[rough.dtype == xp.float32])
+        rough = xp.where(finite, rough, xp.zeros_like(rough))
+        values = values * per_unit
+        squares = values * values
+    return Centred(values, rough + average(squares - rough), per_unit)
+
+
+# Of float64 and of float32: any number times this has a finite square, and one whose own square was
+# not finite has a square far from zero.
+_SMALL = (2.0**-768, 2.0**-96)
+
+
+def select(a: Array, weights: Array | None, backend: Backend) -> Array:
+    """``a`` where it counts, else zero."""
+    return a if weights is None else backend.xp.where(weights > 0, a, backend.xp.zeros_like(a))
 
 
 def averaging(

@@ -83,27 +83,27 @@ CASES = {
     "eps zero": (
         lambda: nk.batch_norm(X, eps=0),
         ValueError,
-        "eps must be a finite number above 0 in float32, but got 0; 1e-5 is a common choice.",
+        "eps must be positive and finite, in float32 too, but got 0; 1e-5 is a common choice.",
     ),
     "eps nan": (
         lambda: nk.LayerNorm(3, eps=float("nan")),
         ValueError,
-        "eps must be a finite number above 0 in float32, but got nan; 1e-5 is a common choice.",
+        "eps must be positive and finite, in float32 too, but got nan; 1e-5 is a common choice.",
     ),
     "eps infinite": (
         lambda: nk.normalize(X, X, X, eps=float("inf")),
         ValueError,
-        "eps must be a finite number above 0 in float32, but got inf; 1e-5 is a common choice.",
+        "eps must be positive and finite, in float32 too, but got inf; 1e-5 is a common choice.",
     ),
     "eps text": (
         lambda: nk.BatchNorm(3, eps="small"),
         ValueError,
-        "eps must be a finite number above 0 in float32, but got 'small'; 1e-5 is a common choice.",
+        "eps must be positive and finite, in float32 too, but got 'small'; 1e-5 is a common choice.",
     ),
     "eps negative": (
         lambda: nk.layer_norm(X, eps=-1e-5),
         ValueError,
-        "eps must be a finite number above 0 in float32, but got -1e-05; 1e-5 is a common choice.",
+        "eps must be positive and finite, in float32 too, but got -1e-05; 1e-5 is a common choice.",
     ),
     "decay": (
         lambda: nk.BatchNorm(3, decay=1.5),
@@ -204,7 +204,7 @@ CASES = {
     "eps that float32 does not have": (
         lambda: nk.LayerNorm(3, eps=1e-50),
         ValueError,
-        "eps must be a finite number above 0 in float32, but got 1e-50; 1e-5 is a common choice.",
+        "eps must be positive and finite, in float32 too, but got 1e-50; 1e-5 is a common choice.",
     ),
     "axes out of order": (
         lambda: nk.LayerNorm((3, 4), axes=(2, 1)),
@@ -288,7 +288,7 @@ CASES = {
     "no layer": (
         lambda: nk.numpy.definition(3),
         TypeError,
-        "a definition can be read from a BatchNorm or LayerNorm layer, but got a builtins.int.",
+        "a definition can be read from a normalization layer, but got a builtins.int.",
     ),
 }
 

@@ -241,7 +241,7 @@ def test_what_does_not_fit_is_refused(sentence):
 def test_what_is_no_layer_or_definition_is_refused():
     with pytest.raises(TypeError, match=r"built from a definition .* but got 64"):
         nkk.layer(64)
-    with pytest.raises(TypeError, match="from a BatchNorm or LayerNorm layer, but got a keras"):
+    with pytest.raises(TypeError, match="from a normalization layer, but got a keras"):
         nkk.definition(layers.Dense(3))
 
 

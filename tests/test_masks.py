@@ -14,6 +14,7 @@ from harness.data import job
 from harness.table import BY_NAME
 
 ROWS = ["bn-ncl", "bn-nhwc", "bn-middle", "ln-last", "ln-two", "ln-channels-first"]
+ROWS += ["gn-nchw", "gn-nhwc", "in-ncl", "in-affine", "in-tracking", "rms-last", "rms-two"]
 
 
 def masked(name: str, given: str, fill: float = 0.0):

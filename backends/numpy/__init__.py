@@ -10,7 +10,18 @@ For models in NumPy alone, and for reading: nothing here is hidden in a framewor
 """
 
 from normkit.numpy._batch_norm import BatchNorm
+from normkit.numpy._group_norm import GroupNorm
+from normkit.numpy._instance_norm import InstanceNorm
 from normkit.numpy._layer_norm import LayerNorm
 from normkit.numpy._portable import definition, layer
+from normkit.numpy._rms_norm import RMSNorm
 
-__all__ = ["BatchNorm", "LayerNorm", "definition", "layer"]
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "definition",
+    "layer",
+]

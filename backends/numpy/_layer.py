@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from normkit import _checks
+from normkit import RMSNorm, _checks
 from normkit._definition import Definition, Params, State
-from normkit._engine import derivative, with_rank
-from normkit._statistics import averaging, cast, centre
+from normkit._engine import derivative, epsilon, with_rank
+from normkit._statistics import Axes, averaging, cast, centre, select, spread
 
 from ._backend import BACKEND
 
@@ -71,41 +71,62 @@ class Layer:
             raise RuntimeError(msg)
         x, mask, state = self._call
         _checks.same_shape(grad, x, "grad")
-        ndim, dtype = x.ndim, BACKEND.statistics_dtype(x.dtype)
-        along, axes = self.definition.parameter_axes(ndim), self.definition.reduced_axes(ndim)
+        d = self.definition
+        along, axes = d.parameter_axes(x.ndim), d.reduced_axes(x.ndim)
         weights = _checks.weights_for(x, mask, along[-1], BACKEND)
+        dtype = x.dtype
+        x, grad = (cast(a, BACKEND.statistics_dtype(dtype), BACKEND) for a in (x, grad))
+        params = {name: with_rank(p, along, x.ndim, BACKEND) for name, p in self.params.items()}
+        scale = params.get("scale")
+        if scale is not None:
+            scale = cast(scale, x.dtype, BACKEND) + (1 - d.first_scale)
 
+        def split(a: NDArray) -> NDArray:
+            """With an axis for the groups of channels, if there are any."""
+            if d.groups == 1:
+                return a
+            return BACKEND.split(a, along[0], d.groups if a.shape[along[0]] > 1 else 1)
+
+        def join(a: NDArray) -> NDArray:
+            return a if d.groups == 1 else BACKEND.join(a, along[0])
+
+        if d.groups > 1:
+            axes = tuple(a if a < along[0] else a + 1 for a in axes)
+        weights = None if weights is None else split(weights)
         if state is None:
-            centred, used = centre(cast(x, dtype, BACKEND), axes, weights, BACKEND)
-            variance = used.variance
+            standard, rstd = self._standardized(split(x), axes, weights)
         else:
-            mean = with_rank(state["mean"], along, ndim, BACKEND)
-            variance = with_rank(state["var"], along, ndim, BACKEND)
-            centred = _select(x - mean, weights)
-        rstd = 1 / np.sqrt(variance + self.definition.eps)
-        standard = centred * rstd
+            mean, var = (with_rank(state[name], along, x.ndim, BACKEND) for name in ("mean", "var"))
+            rstd = 1 / np.sqrt(var + d.eps)
+            standard = select(x - mean, weights, BACKEND) * rstd
 
-        grad = cast(grad, dtype, BACKEND)
-        others = tuple(axis for axis in range(ndim) if axis not in along)
-        terms = {"scale": grad * standard, "bias": grad}
+        terms = {"scale": grad * join(standard), "bias": grad}
+        others = tuple(axis for axis in range(grad.ndim) if axis not in along)
         self.grads = {
             name: cast(BACKEND.total(terms[name], others), p.dtype, BACKEND).reshape(p.shape)
             for name, p in self.params.items()
         }
-
-        if "scale" in self.params:
-            grad = grad * with_rank(
-                cast(self.params["scale"], dtype, BACKEND), along, ndim, BACKEND
-            )
-        grad = _select(grad, weights)
+        u = select(split(grad if scale is None else grad * scale), weights, BACKEND)
         if state is not None:
-            return cast(grad * rstd, x.dtype, BACKEND)
-        _, average = averaging(grad, axes, weights, BACKEND, adjoint=True)
-        return cast(derivative(grad, standard, rstd, average), x.dtype, BACKEND)
+            return cast(u * rstd, dtype, BACKEND)
+        _, average = averaging(u, axes, weights, BACKEND, adjoint=True)
+        dx = derivative(u, standard, rstd, average, centered=self._centers())
+        return cast(join(dx), dtype, BACKEND)
+
+    def _centers(self) -> bool:
+        return not isinstance(self.definition, RMSNorm)
+
+    def _standardized(
+        self, x: NDArray, axes: Axes, weights: NDArray | None
+    ) -> tuple[NDArray, NDArray]:
+        """The standardized values of ``x``, and what its differences were multiplied by."""
+        if self._centers():
+            found, _ = centre(x, axes, weights, BACKEND)
+        else:
+            x = select(x, weights, BACKEND)
+            found = spread(x, averaging(x, axes, weights, BACKEND)[1], BACKEND)
+        rstd = found.rstd(epsilon(self.definition.eps, x.dtype, BACKEND), BACKEND)
+        return found.values * rstd, rstd * found.per_unit
 
     def __repr__(self) -> str:
         return f"normkit.numpy.layer({self.definition!r})"
-
-
-def _select(a: NDArray, weights: NDArray | None) -> NDArray:
-    return a if weights is None else np.where(weights > 0, a, np.zeros_like(a))

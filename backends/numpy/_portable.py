@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import normkit as nk
 from normkit import _checks
 from normkit._definition import Definition
 
 from ._layer import Layer
 
 
-def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> Layer:
+def layer(definition: Definition, **options: Any) -> Layer:
     """The NumPy layer that ``definition`` describes.
 
     Args:

@@ -50,10 +50,26 @@ class TensorFlowBackend(Backend):
         lengths = tf.shape(x, out_type=tf.int64)
         return tf.reduce_prod(tf.gather(lengths, axes))
 
+    def split(self, x: Array, axis: int, groups: int) -> Array:
+        lengths = _lengths(x)
+        inner = lengths[axis] // groups
+        return tf.reshape(x, (*lengths[:axis], groups, inner, *lengths[axis + 1 :]))
+
+    def join(self, x: Array, axis: int) -> Array:
+        lengths = _lengths(x)
+        length = lengths[axis] * lengths[axis + 1]
+        return tf.reshape(x, (*lengths[:axis], length, *lengths[axis + 2 :]))
+
     def is_visible(self, x: Array) -> bool:
         # While a function is traced nothing can be read, not even the eager tensors it closes over:
         # whatever is computed from them becomes a part of its graph.
         return isinstance(x, tf.Tensor) and tf.executing_eagerly() and "CPU" in x.device
+
+
+def _lengths(x: Array) -> list[Count]:
+    """The shape of ``x``, with a scalar tensor for each length that is not known yet."""
+    known, found = x.shape.as_list(), tf.shape(x)
+    return [found[axis] if n is None else n for axis, n in enumerate(known)]
 
 
 BACKEND = TensorFlowBackend(xp)

@@ -17,19 +17,45 @@ from normkit.torch._batch_norm import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+from normkit.torch._convert import convert, revert
+from normkit.torch._group_norm import GroupNorm
+from normkit.torch._instance_norm import (
+    InstanceNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
 )
 from normkit.torch._layer_norm import LayerNorm
-from normkit.torch._portable import (
-    definition,
-    layer,
-)
+from normkit.torch._portable import definition, layer
+from normkit.torch._rms_norm import RMSNorm
 
 __all__ = [
     "BatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "RMSNorm",
+    "convert",
     "definition",
     "layer",
+    "revert",
 ]

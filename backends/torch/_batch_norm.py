@@ -13,9 +13,49 @@ from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
 
 from ._backend import BACKEND
+from ._buffers import state_of, store
 
 
-class BatchNorm(_BatchNorm):
+class _Exact(_BatchNorm):
+    """The computation of every BatchNorm here, over the attributes of PyTorch's."""
+
+    axis: int = 1
+    correction: int = 1
+
+    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Normalize ``input``; ``mask`` says which values count (see ``nk.BatchNorm.apply``)."""
+        self._check_input_dim(input)
+        axis = self._check_input(input)
+        state = {}
+        if self.running_mean is not None and (self.track_running_stats or not self.training):
+            state = state_of(self)
+        y, new = apply_batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            state,
+            axis=axis,
+            eps=self.eps,
+            decay=None if self.momentum is None else 1 - self.momentum,
+            correction=self.correction,
+            training=self.training,
+            weights=_checks.weights_for(input, mask, axis, BACKEND),
+            backend=BACKEND,
+        )
+        store(new, state)
+        return y
+
+    def _check_input(self, x: Tensor) -> int:
+        _checks.floating(x, BACKEND)
+        (axis,) = _checks.axes_in_range(self.axis, x.ndim)
+        _checks.lengths(x, (axis,), (self.num_features,), self)
+        if self.training or self.running_mean is None:
+            _checks.epsilon(self.eps)
+            _checks.values_per_channel(BACKEND.size(x, tuple(set(range(x.ndim)) - {axis})))
+        return axis
+
+
+class BatchNorm(_Exact):
     """Batch normalization over an input of any rank from 2 up.
 
     ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` in one, with their arguments, parameters, buffers
@@ -36,9 +76,6 @@ class BatchNorm(_BatchNorm):
     >>> bn(torch.randn(8, 3, 5)).shape
     torch.Size([8, 3, 5])
     """
-
-    axis: int = 1
-    correction: int = 1
 
     def __init__(
         self,
@@ -77,46 +114,8 @@ class BatchNorm(_BatchNorm):
             if parameter is not None:
                 nn.init.constant_(parameter, value)
 
-    def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Normalize ``input``; ``mask`` says which values count (see ``nk.BatchNorm.apply``)."""
-        self._check_input_dim(input)
-        axis = self._check_input(input)
-        state = {}
-        if self.running_mean is not None and (self.track_running_stats or not self.training):
-            state = {"mean": self.running_mean, "var": self.running_var}
-            if self.num_batches_tracked is not None:
-                state["count"] = self.num_batches_tracked
-        y, new = apply_batch_norm(
-            input,
-            self.weight,
-            self.bias,
-            state,
-            axis=axis,
-            eps=self.eps,
-            decay=None if self.momentum is None else 1 - self.momentum,
-            correction=self.correction,
-            training=self.training,
-            weights=_checks.weights_for(input, mask, axis, BACKEND),
-            backend=BACKEND,
-        )
-        # In place, so that whoever holds the buffers (DDP, an averaged model) sees the update.
-        if new is not state:
-            with torch.no_grad():
-                for name, buffer in state.items():
-                    buffer.copy_(new[name])
-        return y
-
     def _check_input_dim(self, input: Tensor) -> None:
         _checks.rank(input, 2, "BatchNorm")
-
-    def _check_input(self, x: Tensor) -> int:
-        _checks.floating(x, BACKEND)
-        (axis,) = _checks.axes_in_range(self.axis, x.ndim)
-        _checks.lengths(x, (axis,), (self.num_features,), self)
-        if self.training or self.running_mean is None:
-            _checks.epsilon(self.eps)
-            _checks.values_per_channel(BACKEND.size(x, tuple(set(range(x.ndim)) - {axis})))
-        return axis
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -159,6 +158,29 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
     """
 
     _check_input_dim = nn.BatchNorm3d._check_input_dim
+
+
+class _Lazy(_Exact):
+    def initialize_parameters(self, input: Tensor, *, mask: Tensor | None = None) -> None:
+        super().initialize_parameters(input)
+
+
+class LazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d):
+    """``torch.nn.LazyBatchNorm1d``: a :class:`BatchNorm1d` once the first input shows C."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d):
+    """``torch.nn.LazyBatchNorm2d``: a :class:`BatchNorm2d` once the first input shows C."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d):
+    """``torch.nn.LazyBatchNorm3d``: a :class:`BatchNorm3d` once the first input shows C."""
+
+    cls_to_become = BatchNorm3d
 
 
 def build(definition: nk.BatchNorm, **options: Any) -> BatchNorm:

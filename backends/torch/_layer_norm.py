@@ -12,6 +12,7 @@ import normkit as nk
 from normkit import _checks
 from normkit._layer_norm import apply_layer_norm
 
+from ._autocast import result_dtype
 from ._backend import BACKEND
 
 
@@ -72,6 +73,7 @@ class LayerNorm(nn.LayerNorm):
             axes=axes,
             eps=self.eps,
             weights=_checks.weights_for(input, mask, axes[-1], BACKEND),
+            dtype=result_dtype(input),
             backend=BACKEND,
         )
 

@@ -6,19 +6,24 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 import normkit as nk
 from normkit import _checks
+from normkit._definition import Definition
 
-from . import _batch_norm, _layer_norm
+from . import _batch_norm, _group_norm, _instance_norm, _layer_norm, _rms_norm
 
 _FAMILY = (
     (nk.BatchNorm, _BatchNorm, _batch_norm),
     (nk.LayerNorm, nn.LayerNorm, _layer_norm),
+    (nk.GroupNorm, nn.GroupNorm, _group_norm),
+    (nk.InstanceNorm, _InstanceNorm, _instance_norm),
+    (nk.RMSNorm, nn.RMSNorm, _rms_norm),
 )
 
 
-def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> nn.Module:
+def layer(definition: Definition, **options: Any) -> nn.Module:
     """The ``torch.nn.Module`` that ``definition`` describes.
 
     Args:
@@ -38,7 +43,7 @@ def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> nn.Module:
     raise _checks.no_definition(definition)
 
 
-def definition(layer: nn.Module) -> nk.BatchNorm | nk.LayerNorm:
+def definition(layer: nn.Module) -> Definition:
     """The definition of ``layer``, one of PyTorch's own normalization layers or of normkit's.
 
     Raises:

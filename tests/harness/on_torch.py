@@ -36,7 +36,7 @@ def build(job: Job) -> torch.nn.Module:
 
 def run(job: Job) -> dict:
     layer = build(job)
-    names = {"scale": layer.weight, "bias": layer.bias}
+    names = {"scale": layer.weight, "bias": getattr(layer, "bias", None)}
     for name, p in job.params.items():
         names[name].data = tensor(p)
     out: dict = {}

@@ -42,8 +42,10 @@ def along(p, axes: tuple[int, ...], shape: tuple[int, ...], missing: float) -> n
     return np.broadcast_to(wide(p).reshape(lengths), shape)
 
 
-def forward(x, scale, bias, *, axes, parameter_axes, eps, weights=None) -> dict[str, Any]:
-    """Output and statistics with the batch's own mean and variance."""
+def forward(
+    x, scale, bias, *, axes, parameter_axes, eps, weights=None, centered=True
+) -> dict[str, Any]:
+    """Output and statistics with the batch's own mean and variance; if not ``centered``, around 0."""
     x = wide(x)
     gamma = along(scale, parameter_axes, x.shape, 1.0)
     beta = along(bias, parameter_axes, x.shape, 0.0)
@@ -56,9 +58,9 @@ def forward(x, scale, bias, *, axes, parameter_axes, eps, weights=None) -> dict[
         n = m = v = start = WIDE(0)
         if weight.size:
             # Around one of the values, so that equal values have variance zero exactly.
-            n, start = np.sum(weight), value[0]
+            n, start = np.sum(weight), value[0] if centered else WIDE(0)
             value = value - start
-            m = np.sum(weight * value) / n
+            m = np.sum(weight * value) / n if centered else WIDE(0)
             v = np.sum(weight * (value - m) ** 2) / n
         normal = np.zeros(w[index].shape, WIDE)
         normal[w[index] > 0] = (value - m) / np.sqrt(v + WIDE(eps))
@@ -68,12 +70,15 @@ def forward(x, scale, bias, *, axes, parameter_axes, eps, weights=None) -> dict[
     return {"y": Answer(out, _size(y * gamma, beta)), "mean": mean, "var": var, "count": count}
 
 
-def backward(g, x, scale, *, axes, parameter_axes, eps, weights=None) -> dict[str, Answer]:
+def backward(
+    g, x, scale, *, axes, parameter_axes, eps, weights=None, centered=True
+) -> dict[str, Answer]:
     """Gradients of x, scale and bias when the statistics are the batch's own."""
     x, g = wide(x), wide(g)
     gamma = along(scale, parameter_axes, x.shape, 1.0)
     w = np.ones(x.shape, WIDE) if weights is None else np.broadcast_to(wide(weights), x.shape)
-    found = forward(x, None, None, axes=axes, parameter_axes=parameter_axes, eps=eps, weights=w)
+    options = {"axes": axes, "parameter_axes": parameter_axes, "eps": eps, "centered": centered}
+    found = forward(x, None, None, weights=w, **options)
     normal, dx, size = found["y"].value, np.zeros(x.shape, WIDE), WIDE(0)
     for index, position in groups(x.shape, axes):
         weight, n = w[index].ravel(), found["count"][position]
@@ -85,6 +90,7 @@ def backward(g, x, scale, *, axes, parameter_axes, eps, weights=None) -> dict[st
         dnormal = np.where(valid, (g[index] * gamma[index]).ravel(), 0)
         dvar = np.sum(dnormal * diff) * WIDE(-0.5) * s ** WIDE(-1.5)
         dmean = -np.sum(dnormal) / np.sqrt(s) + dvar * np.sum(-2 * weight * diff) / n
+        dmean = dmean if centered else WIDE(0)
         terms = dnormal / np.sqrt(s), dvar * 2 * weight * diff / n, dmean * weight / n
         dx[index] = sum(terms).reshape(x[index].shape)
         size = max([size, *(np.max(np.abs(t)) for t in terms)])
@@ -125,11 +131,17 @@ class Running:
     def step(self, found: dict[str, Any]) -> None:
         self.count += 1
         keep = 1 - WIDE(1) / self.count if self.decay is None else WIDE(self.decay)
-        for (c,), m in found["mean"].items():
-            n = found["count"][c,]
-            v = found["var"][c,] * n / (n - self.correction)
-            self.mean[c] = keep * self.mean[c] + (1 - keep) * m
-            self.var[c] = keep * self.var[c] + (1 - keep) * v
+        # A channel has one group in BatchNorm, and one for each sample in InstanceNorm.
+        for c in range(len(self.mean)):
+            means, variances = [], []
+            for position, m in found["mean"].items():
+                n = found["count"][position]
+                if position[-1] == c and n > self.correction:
+                    means.append(m)
+                    variances.append(found["var"][position] * n / (n - self.correction))
+            if means:
+                self.mean[c] = keep * self.mean[c] + (1 - keep) * np.mean(means)
+                self.var[c] = keep * self.var[c] + (1 - keep) * np.mean(variances)
 
 
 def _size(*terms) -> float:

@@ -1,0 +1,25 @@
+"""What to say of a model whose layers are exchanged in place."""
+
+from __future__ import annotations
+
+import warnings
+
+
+def nothing(which: str, model: object) -> None:
+    """There was no layer to exchange: more likely a mistake than meant."""
+    warnings.warn(
+        f"no {which} normalization layer was found in this {type(model).__name__}, so it was left "
+        f"as it is; subclasses of such layers, and layers that only exist once they are called, "
+        f"are not exchanged.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def not_native(name: str, options: str) -> ValueError:
+    """A layer that the framework's own class cannot stand for."""
+    msg = (
+        f"{name!r} has {options}, which the framework's own layer has not; nothing was changed. "
+        f"Exchange the other layers one by one, or keep this model as it is."
+    )
+    return ValueError(msg)
