@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 from normkit import _checks
 from normkit._arrays import backend_of
@@ -53,7 +53,7 @@ class RMSNorm(Definition):
     zero_centered: bool = False
     scale_after_cast: bool = False
 
-    bias: ClassVar[bool] = False
+    bias: bool = field(default=False, init=False, repr=False)  # it has none
 
     def __post_init__(self) -> None:
         shape, axes = _checks.shape_and_axes(self.shape, self.axes)

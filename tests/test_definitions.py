@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 @rows
 def test_a_definition_is_a_value(row):
     d = row.definition
-    same = eval(repr(d), {"BatchNorm": nk.BatchNorm, "LayerNorm": nk.LayerNorm})
+    same = eval(repr(d), vars(nk))
     assert same == d
     assert hash(same) == hash(d)
     assert pickle.loads(pickle.dumps(d)) == d
@@ -34,6 +35,17 @@ def test_repr():
         repr(nk.LayerNorm(8))
         == "LayerNorm(shape=(8,), axes=(-1,), eps=1e-05, scale=True, bias=True)"
     )
+    assert repr(nk.GroupNorm(2, 8)) == (
+        "GroupNorm(num_groups=2, num_channels=8, axis=1, eps=1e-05, scale=True, bias=True)"
+    )
+    assert repr(nk.InstanceNorm(8)) == (
+        "InstanceNorm(num_features=8, axis=1, eps=1e-05, decay=0.9, correction=1, scale=False, "
+        "bias=False, track_running_stats=False)"
+    )
+    assert repr(nk.RMSNorm(8)) == (
+        "RMSNorm(shape=(8,), axes=(-1,), eps=None, scale=True, zero_centered=False, "
+        "scale_after_cast=False)"
+    )
 
 
 @rows
@@ -42,7 +54,7 @@ def test_init(kind, row):
     params, state = d.init(xp=kind.xp)
     assert set(params) == {name for name in ("scale", "bias") if getattr(d, name)}
     assert set(state) == ({"mean", "var", "count"} if row.tracks else set())
-    first = {"scale": 1, "bias": 0, "mean": 0, "var": 1, "count": 0}
+    first = {"scale": d.first_scale, "bias": 0, "mean": 0, "var": 1, "count": 0}
     for name, array in (params | state).items():
         assert isinstance(array, kind.type)
         values = np.asarray(array)
@@ -94,31 +106,46 @@ def test_an_empty_batch_is_fine(kind, row):
             np.testing.assert_array_equal(np.asarray(after[name]), np.asarray(state[name]))
 
 
-@rows
-def test_axes_may_be_moved(kind, row):
-    """The same layer over the same values, whichever way the axes are ordered."""
-    if isinstance(row.definition, nk.LayerNorm):
-        return  # its parameters would have to be moved as well
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if hasattr(row.definition, "axis")], ids=lambda row: row.name
+)
+def test_the_channels_may_be_moved(kind, row):
+    """The same layer over the same values, whichever axis the channels are."""
     d = row.definition
     rng = np.random.default_rng(0)
     x = rng.normal(size=row.shape).astype(np.float32)
-    params = {k: kind.make(rng.normal(size=d.num_features).astype(np.float32)) for k in d.init()[0]}
+    params = {
+        k: kind.make(rng.normal(size=d.parameter_shape).astype(np.float32)) for k in d.init()[0]
+    }
     _, state = d.init(xp=kind.xp)
     y, _ = d.apply(params, state, kind.make(x), training=True)
-    for to in range(x.ndim):
-        options = {**vars(d), "axis": to}
+    # Samples keep the first axis where they are normalized one by one.
+    first = 0 if isinstance(d, nk.BatchNorm) else 1
+    for to in range(first, x.ndim):
         moved = np.moveaxis(x, d.axis, to)
-        z, _ = nk.BatchNorm(**options).apply(params, state, kind.make(moved), training=True)
+        z, _ = replace(d, axis=to).apply(params, state, kind.make(moved), training=True)
         np.testing.assert_allclose(
             np.asarray(z), np.moveaxis(np.asarray(y), d.axis, to), rtol=0, atol=2e-6
         )
+
+
+def test_families_meet():
+    """GroupNorm with one group is LayerNorm, with a group for each channel InstanceNorm."""
+    x = np.random.default_rng(0).normal(3, 2, (4, 6, 5)).astype(np.float32)
+    one = nk.group_norm(x, 1)
+    np.testing.assert_allclose(one, nk.layer_norm(x, axes=(1, 2)), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(nk.group_norm(x, 6), nk.instance_norm(x), rtol=0, atol=1e-6)
+    centred = x - x.mean(-1, keepdims=True)
+    np.testing.assert_allclose(
+        nk.rms_norm(centred, eps=1e-5), nk.layer_norm(x, eps=1e-5), rtol=0, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("offset", [1.0, 1e3, 1e5])
 def test_a_shift_changes_nothing(kind, offset):
     """Where adding the offset is exact, so is taking it away again."""
     x = np.random.default_rng(0).integers(-64, 64, (6, 5, 7)).astype(np.float32)
-    for f in (nk.batch_norm, nk.layer_norm):
+    for f in (nk.batch_norm, nk.layer_norm, nk.instance_norm, partial(nk.group_norm, num_groups=5)):
         y, z = (np.asarray(f(kind.make(a))) for a in (x, x + np.float32(offset)))
         np.testing.assert_allclose(y, z, rtol=0, atol=1e-6)
 

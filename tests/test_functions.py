@@ -1,4 +1,4 @@
-"""moments, normalize, batch_norm, layer_norm and Moments, on every kind of array."""
+"""The functions and Moments, on every kind of array."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import normkit as nk
 from harness import arrays, oracle
 from harness.data import assert_near
 from harness.oracle import Answer
+from normkit._definition import Definition
 
 slow = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -122,6 +123,40 @@ def test_batch_norm(kind, case, data):
     y = nk.batch_norm(kind.make(x), kind.make(scale), axis=axis)
     want = oracle.forward(x, scale, None, axes=axes, parameter_axes=(channel,), eps=1e-5)
     assert_near(y, want["y"], "float32", "batch_norm")
+
+
+MASK = np.random.default_rng(5).integers(0, 3, (4, 6, 5)) > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("function", "definition"),
+    [
+        (lambda x, **o: nk.batch_norm(x, **o), nk.BatchNorm(6)),
+        (lambda x, **o: nk.layer_norm(x, **o), nk.LayerNorm(5)),
+        (lambda x, **o: nk.group_norm(x, 3, **o), nk.GroupNorm(3, 6)),
+        (lambda x, **o: nk.instance_norm(x, **o), nk.InstanceNorm(6, scale=True, bias=True)),
+        (lambda x, **o: nk.rms_norm(x, **o), nk.RMSNorm(5, eps=1e-6)),
+        (lambda x, **o: nk.batch_norm(x, axis=-1, **o), nk.BatchNorm(5, axis=-1)),
+        (lambda x, **o: nk.group_norm(x, 5, axis=2, **o), nk.GroupNorm(5, 5, axis=-1)),
+        (lambda x, **o: nk.rms_norm(x, axes=(1, 2), **o), nk.RMSNorm((6, 5), eps=1e-6)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Definition) else "",
+)
+def test_functions_are_the_layers(kind, function, definition, masked):
+    rng = np.random.default_rng(1)
+    x = kind.make(rng.normal(7, 2, (4, 6, 5)).astype(np.float32))
+    names = [name for name in ("scale", "bias") if getattr(definition, name)]
+    params = {
+        name: kind.make(rng.normal(size=definition.parameter_shape).astype(np.float32))
+        for name in names
+    }
+    mask = kind.make(MASK) if masked else None
+    _, state = definition.init(xp=kind.xp)
+    want, _ = definition.apply(params, state, x, training=True, mask=mask)
+    got = function(x, **params, mask=mask)
+    assert isinstance(got, kind.type)
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
 def test_normalize(kind):
@@ -242,36 +277,6 @@ def test_merging_huge_values_with_nothing_changes_nothing(kind):
     for merged in (some.merge(none), none.merge(some)):
         np.testing.assert_array_equal(np.asarray(merged.mean), np.full(2, np.float32(1e20)))
         np.testing.assert_array_equal(np.asarray(merged.variance), np.zeros(2))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_in_its_group(kind, value):
-    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
-    broken = x.copy()
-    broken[2, 1] = value
-    d = nk.BatchNorm(3)
-    params, state = d.init(xp=kind.xp)
-    with np.errstate(invalid="ignore"):
-        y, new = d.apply(params, state, kind.make(broken), training=True)
-        y, mean, var = (np.asarray(a) for a in (y, new["mean"], new["var"]))
-    want, clean = d.apply(params, state, kind.make(x), training=True)
-    for got, right in (
-        (y.T, np.asarray(want).T),
-        (mean, np.asarray(clean["mean"])),
-        (var, np.asarray(clean["var"])),
-    ):
-        np.testing.assert_array_equal(got[[0, 2]], right[[0, 2]])
-        assert not np.any(np.isfinite(got[1]))
-
-
-def test_what_overflows_has_an_infinite_variance(kind):
-    with np.errstate(over="ignore"):
-        mean, var = nk.moments(kind.make(np.array([[1e30], [3e30]], np.float32)), 0)
-        y = nk.batch_norm(kind.make(np.array([[1e30], [3e30]], np.float32)))
-        mean, var, y = (np.asarray(a) for a in (mean, var, y))
-    np.testing.assert_allclose(mean, [2e30], rtol=1e-6)
-    assert var == np.inf
-    np.testing.assert_array_equal(y, [[0], [0]])
 
 
 def test_wide_statistics_of_narrow_values(kind):

@@ -134,11 +134,17 @@ def test_the_public_surface():
         if not n.startswith("_") and n[0].isalpha() and not hasattr(getattr(normkit, n), "__path__")
     ) == [
         "BatchNorm",
+        "GroupNorm",
+        "InstanceNorm",
         "LayerNorm",
         "Moments",
+        "RMSNorm",
         "batch_norm",
+        "group_norm",
+        "instance_norm",
         "layer_norm",
         "moments",
         "normalize",
+        "rms_norm",
     ]
     assert normkit.__version__.count(".") == 2

@@ -26,6 +26,18 @@ PRESETS = {
     "LayerNorm.torch": ("torch", Row("torch", nk.LayerNorm.torch(7), (8, 5, 7))),
     "LayerNorm.keras": ("keras-tensorflow", Row("keras", nk.LayerNorm.keras(7), (8, 5, 7))),
     "LayerNorm.flax": ("flax-nnx", Row("flax", nk.LayerNorm.flax(7), (8, 5, 7))),
+    "GroupNorm.torch": ("torch", Row("torch", nk.GroupNorm.torch(2, 6), (8, 6, 7))),
+    "GroupNorm.keras": ("keras-tensorflow", Row("keras", nk.GroupNorm.keras(2, 6), (8, 5, 6))),
+    "GroupNorm.flax": ("flax-nnx", Row("flax", nk.GroupNorm.flax(2, 6), (8, 5, 6))),
+    "InstanceNorm.torch": ("torch", Row("torch", nk.InstanceNorm.torch(5), (8, 5, 7))),
+    "InstanceNorm.keras": (
+        "keras-tensorflow",
+        Row("keras", nk.InstanceNorm.keras(7), (8, 5, 7)),
+    ),
+    "InstanceNorm.flax": ("flax-nnx", Row("flax", nk.InstanceNorm.flax(7), (8, 5, 7))),
+    "RMSNorm.torch": ("torch", Row("torch", nk.RMSNorm.torch(7), (8, 5, 7))),
+    "RMSNorm.keras": ("keras-tensorflow", Row("keras", nk.RMSNorm.keras(7), (8, 5, 7))),
+    "RMSNorm.flax": ("flax-nnx", Row("flax", nk.RMSNorm.flax(7), (8, 5, 7))),
 }
 NATIVE = [name for name, (native, _) in PRESETS.items() if native in backends.chosen()]
 KEYS = [f"{what}{i}" for i in range(5) for what in ("y", "dx", "dscale", "dbias")]
@@ -43,8 +55,10 @@ def test_preset(backend, preset):
     want = native(preset)
     got = backends.runner(backend)(job(PRESETS[preset][1]))
     compared = [key for key in (*KEYS, "mean", "var", "eval") if key in got and key in want]
-    least = 5 + 1 if preset.startswith("LayerNorm") else 5 + 3
-    assert len(compared) >= least + 15 * backends.differentiates(backend)
+    d = PRESETS[preset][1].definition
+    least = 5 + (3 if isinstance(d, nk.BatchNorm) else 1)
+    gradients = 5 * (1 + d.scale + d.bias)
+    assert len(compared) >= least + gradients * backends.differentiates(backend)
     for key in compared:
         largest = max(1.0, float(np.max(np.abs(want[key]))))
         assert_near(got[key], Answer(wide(want[key]), largest), "float32", key)
@@ -57,6 +71,15 @@ def test_presets_say_what_the_frameworks_say():
     assert nk.LayerNorm.torch(3) == nk.LayerNorm(3, eps=1e-5)
     assert nk.LayerNorm.keras(3) == nk.LayerNorm(3, eps=1e-3)
     assert nk.LayerNorm.flax(3) == nk.LayerNorm(3, eps=1e-6)
+    assert nk.GroupNorm.torch(2, 4) == nk.GroupNorm(2, 4, axis=1, eps=1e-5)
+    assert nk.GroupNorm.keras(2, 4) == nk.GroupNorm(2, 4, axis=-1, eps=1e-3)
+    assert nk.GroupNorm.flax(2, 4) == nk.GroupNorm(2, 4, axis=-1, eps=1e-6)
+    affine = {"axis": -1, "scale": True, "bias": True, "decay": 0.99, "correction": 0}
+    assert nk.InstanceNorm.torch(3) == nk.InstanceNorm(3)
+    assert nk.InstanceNorm.keras(3) == nk.InstanceNorm(3, eps=1e-3, **affine)
+    assert nk.InstanceNorm.flax(3) == nk.InstanceNorm(3, eps=1e-6, **affine)
+    assert nk.RMSNorm.torch(3) == nk.RMSNorm(3, eps=None)
+    assert nk.RMSNorm.keras(3) == nk.RMSNorm.flax(3) == nk.RMSNorm(3, eps=1e-6)
 
 
 def test_presets_take_changes():

@@ -26,11 +26,19 @@ def array(t: torch.Tensor) -> np.ndarray:
     return t.detach().numpy().copy()
 
 
+NATIVE = {
+    nk.BatchNorm: lambda d: torch.nn.BatchNorm1d(d.num_features),
+    nk.LayerNorm: lambda d: torch.nn.LayerNorm(d.shape),
+    nk.GroupNorm: lambda d: torch.nn.GroupNorm(d.num_groups, d.num_channels),
+    nk.InstanceNorm: lambda d: torch.nn.InstanceNorm1d(d.num_features),
+    nk.RMSNorm: lambda d: torch.nn.RMSNorm(d.shape),
+}
+
+
 def build(job: Job) -> torch.nn.Module:
     d = job.definition
     if job.native:
-        batch = isinstance(d, nk.BatchNorm)
-        return torch.nn.BatchNorm1d(d.num_features) if batch else torch.nn.LayerNorm(d.shape)
+        return NATIVE[type(d)](d)
     return nk.torch.layer(d, dtype=torch.float64 if job.dtype == "float64" else torch.float32)
 
 
