@@ -26,8 +26,13 @@ def backend_of(x: Array) -> Backend:
     backend = _by_type.get(type(x))
     if backend is None:
         backend = _find(x)
-        _by_type[type(x)] = backend
+        register(type(x), backend)
     return backend
+
+
+def register(array_type: type, backend: Backend) -> None:
+    """Arrays of exactly this type are of ``backend``."""
+    _by_type[array_type] = backend
 
 
 def backend_of_namespace(xp: Namespace) -> Backend:

@@ -35,11 +35,6 @@ def masked(name: str, given: str, fill: float = 0.0):
     return row, replace(work, batches=batches, masks=masks)
 
 
-def takes_masks(backend: str, name: str) -> bool:
-    # A Keras LayerNormalization has no mask argument: what reaches it is the mask of time steps.
-    return not (backend.startswith("keras-") and name.startswith("ln-"))
-
-
 def spread(mask, x, row):
     """A mask without its channel axis, with it again."""
     channel = row.parameter_axes[-1]
@@ -49,38 +44,35 @@ def spread(mask, x, row):
 @pytest.mark.parametrize("given", ["booleans", "weights", "broadcast"])
 @pytest.mark.parametrize("name", ROWS)
 def test_against_the_oracle(backend, name, given):
-    if takes_masks(backend, name):
-        row, work = masked(name, given)
-        got = backends.runner(backend)(work)
-        full = [spread(m, x, row) for m, x in zip(work.masks, work.batches, strict=True)]
-        work = replace(work, masks=full)
-        check(row, work, got, backends.differentiates(backend))
+    row, work = masked(name, given)
+    got = backends.runner(backend)(work)
+    full = [spread(m, x, row) for m, x in zip(work.masks, work.batches, strict=True)]
+    work = replace(work, masks=full)
+    check(row, work, got, backends.differentiates(backend))
 
 
 @pytest.mark.parametrize("fill", [np.nan, np.inf, 3e38])
 @pytest.mark.parametrize("name", ROWS)
 def test_what_is_masked_reaches_nothing(backend, name, fill):
     """Not one bit changes, in values, gradients or state, whatever stands under the mask."""
-    if takes_masks(backend, name):
-        _, plain = masked(name, "booleans")
-        _, broken = masked(name, "booleans", fill)
-        a = backends.runner(backend)(plain)
-        b = backends.runner(backend)(broken)
-        for key in a.keys() - {"eval"}:  # evaluated without a mask
-            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
-        for i, mask in enumerate(broken.masks):
-            if f"dx{i}" in b:
-                assert not np.any(b[f"dx{i}"][~mask])
+    _, plain = masked(name, "booleans")
+    _, broken = masked(name, "booleans", fill)
+    a = backends.runner(backend)(plain)
+    b = backends.runner(backend)(broken)
+    for key in a.keys() - {"eval"}:  # evaluated without a mask
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    for i, mask in enumerate(broken.masks):
+        if f"dx{i}" in b:
+            assert not np.any(b[f"dx{i}"][~mask])
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_mask_of_everything_is_none(backend, name):
-    if takes_masks(backend, name):
-        work = job(BY_NAME[name], offset=10.0)
-        full = replace(work, masks=[np.ones(x.shape, bool) for x in work.batches])
-        a, b = (backends.runner(backend)(w) for w in (work, full))
-        for key in a:
-            np.testing.assert_allclose(a[key], b[key], rtol=1e-6, atol=2e-6, err_msg=key)
+    work = job(BY_NAME[name], offset=10.0)
+    full = replace(work, masks=[np.ones(x.shape, bool) for x in work.batches])
+    a, b = (backends.runner(backend)(w) for w in (work, full))
+    for key in a:
+        np.testing.assert_allclose(a[key], b[key], rtol=1e-6, atol=2e-6, err_msg=key)
 
 
 def test_a_mask_of_nothing_changes_no_state(backend):
@@ -110,6 +102,38 @@ def test_padding_is_as_good_as_cutting(kind):
     for key in ("mean", "var"):
         np.testing.assert_allclose(np.asarray(padded[key]), np.asarray(cut[key]), rtol=2e-7)
     assert np.all(np.asarray(y)[~mask] == 0)
+
+
+def padded_sequences():
+    """Three sequences of unequal lengths, padded with NaN, and which of the steps are valid."""
+    x = np.random.default_rng(0).normal(50, 2, (3, 7, 4)).astype(np.float32)
+    mask = np.arange(7) < np.array([7, 3, 5])[:, None]
+    x[~mask] = np.nan
+    return x, mask
+
+
+@pytest.mark.parametrize("d", [nk.LayerNorm(4), nk.RMSNorm(4)], ids=lambda d: type(d).__name__)
+def test_steps_come_out_bit_for_bit_as_without_padding(kind, d):
+    """Each step is normalized alone, so its neighbours make no difference at all."""
+    x, mask = padded_sequences()
+    params, state = d.init(xp=kind.xp)
+    y, _ = d.apply(params, state, kind.make(x), mask=kind.make(mask))
+    z, _ = d.apply(params, state, kind.make(x[mask]))
+    np.testing.assert_array_equal(np.asarray(y)[mask], np.asarray(z))
+    assert not np.any(np.asarray(y)[~mask])
+
+
+@pytest.mark.parametrize(
+    "d", [nk.GroupNorm(2, 4, axis=-1), nk.InstanceNorm(4, axis=-1)], ids=lambda d: type(d).__name__
+)
+def test_samples_come_out_as_if_they_were_cut(kind, d):
+    x, mask = padded_sequences()
+    params, state = d.init(xp=kind.xp)
+    y = np.asarray(d.apply(params, state, kind.make(x), mask=kind.make(mask))[0])
+    for i, valid in enumerate(mask):
+        z, _ = d.apply(params, state, kind.make(x[i : i + 1, valid]))
+        np.testing.assert_allclose(y[i, valid], np.asarray(z)[0], rtol=0, atol=1e-6)
+    assert not np.any(y[~mask])
 
 
 @pytest.mark.parametrize(("correction", "moved"), [(0, True), (1, False)])

@@ -49,7 +49,7 @@ def steps(layer, shape, count=4):
 def assert_same(a, b, atol=2e-6):
     for x, y in zip(a, b, strict=True):
         assert x.dtype == y.dtype
-        scale = max(1.0, float(y.abs().max())) if y.numel() else 1.0
+        scale = max(1.0, float(y.detach().abs().max())) if y.numel() else 1.0
         torch.testing.assert_close(x, y, rtol=0, atol=atol * scale)
 
 

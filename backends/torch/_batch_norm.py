@@ -13,7 +13,8 @@ from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
 
 from ._backend import BACKEND
-from ._buffers import state_of, store
+from ._buffers import know_features, state_of, store
+from ._leaf import leaf, traced
 
 
 class _Exact(_BatchNorm):
@@ -24,6 +25,8 @@ class _Exact(_BatchNorm):
 
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Normalize ``input``; ``mask`` says which values count (see ``nk.BatchNorm.apply``)."""
+        if traced(input):
+            return leaf(self, input, mask)
         self._check_input_dim(input)
         axis = self._check_input(input)
         state = {}
@@ -49,8 +52,10 @@ class _Exact(_BatchNorm):
         _checks.floating(x, BACKEND)
         (axis,) = _checks.axes_in_range(self.axis, x.ndim)
         _checks.lengths(x, (axis,), (self.num_features,), self)
-        if self.training or self.running_mean is None:
+        own = self.training or self.running_mean is None
+        if own or self.eps < 0:  # with statistics that are given, 0 will do
             _checks.epsilon(self.eps)
+        if own:
             _checks.values_per_channel(BACKEND.size(x, tuple(set(range(x.ndim)) - {axis})))
         return axis
 
@@ -163,6 +168,7 @@ class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
 class _Lazy(_Exact):
     def initialize_parameters(self, input: Tensor, *, mask: Tensor | None = None) -> None:
         super().initialize_parameters(input)
+        know_features(self, input)
 
 
 class LazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d):

@@ -24,4 +24,39 @@ def store(new: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     if new is not state:
         with torch.no_grad():
             for name, buffer in state.items():
+                _alike_in_vmap(new[name], buffer)
                 buffer.copy_(new[name])
+
+
+def _alike_in_vmap(new: Tensor, buffer: Tensor) -> None:
+    """One buffer cannot follow many batches that do not know of each other."""
+    if not torch.compiler.is_compiling() and _in_vmap(new) and not _in_vmap(buffer):
+        msg = (
+            "inside vmap each batch needs running statistics of its own, but these are shared; "
+            "map over the buffers too (torch.func.stack_module_state), or build the layer with "
+            "track_running_stats=False."
+        )
+        raise RuntimeError(msg)
+
+
+def _in_vmap(x: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):  # by vmap, or by a derivative inside of it
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
+
+
+def know_features(layer: _NormBase, x: Tensor | None = None) -> None:
+    """Tell a layer that was lazy its number of channels.
+
+    It comes with the parameters, which may have been loaded; if there are none, with ``x``. (In
+    both cases the native layers stay at 0 channels, which their own checks then stumble over.)
+    """
+    if layer.num_features == 0:
+        known = layer.weight if layer.weight is not None else layer.running_mean
+        if known is not None:
+            layer.num_features = known.shape[0]
+        elif x is not None:
+            layer.num_features = x.shape[1]

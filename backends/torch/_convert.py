@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from normkit import _swap
 
 from . import _batch_norm, _group_norm, _instance_norm, _layer_norm, _rms_norm
+from ._buffers import know_features
 
 # The native class, and normkit's: the same attributes, parameters and buffers.
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {
@@ -64,6 +67,8 @@ def convert(model: nn.Module) -> nn.Module:
     found = [layer for layer in model.modules() if type(layer) in _TWINS]
     for layer in found:
         layer.__class__ = _TWINS[type(layer)]
+        if isinstance(layer, _NormBase) and not isinstance(layer, LazyModuleMixin):
+            know_features(layer)
     if not found:
         _swap.nothing("native", model)
     return model

@@ -13,6 +13,7 @@ from normkit._group_norm import apply_group_norm, group_size
 
 from ._autocast import result_dtype
 from ._backend import BACKEND
+from ._leaf import leaf, traced
 
 
 class GroupNorm(nn.GroupNorm):
@@ -60,6 +61,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Normalize ``input``; ``mask`` says which values count (see ``nk.GroupNorm.apply``)."""
+        if traced(input):
+            return leaf(self, input, mask)
         _checks.floating(input, BACKEND)
         _checks.rank(input, 2, "GroupNorm")
         (axis,) = _checks.channel_axis(self.axis, input.ndim)

@@ -14,7 +14,8 @@ from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
 
 from ._backend import BACKEND
-from ._buffers import state_of, store
+from ._buffers import know_features, state_of, store
+from ._leaf import leaf, traced
 
 
 class _Exact(_InstanceNorm):
@@ -25,6 +26,8 @@ class _Exact(_InstanceNorm):
 
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Normalize ``input``; ``mask`` says which values count (see ``nk.InstanceNorm.apply``)."""
+        if traced(input):
+            return leaf(self, input, mask)
         self._check_input_dim(input)
         _checks.floating(input, BACKEND)
         if input.ndim == self._get_no_batch_dim():
@@ -177,6 +180,7 @@ class InstanceNorm3d(InstanceNorm, nn.InstanceNorm3d):
 class _Lazy(_Exact):
     def initialize_parameters(self, input: Tensor, *, mask: Tensor | None = None) -> None:
         super().initialize_parameters(input)
+        know_features(self, input)
 
 
 class LazyInstanceNorm1d(_Lazy, nn.LazyInstanceNorm1d):

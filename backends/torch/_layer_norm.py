@@ -14,6 +14,7 @@ from normkit._layer_norm import apply_layer_norm
 
 from ._autocast import result_dtype
 from ._backend import BACKEND
+from ._leaf import leaf, traced
 
 
 class LayerNorm(nn.LayerNorm):
@@ -63,6 +64,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Normalize ``input``; ``mask`` says which values count (see ``nk.LayerNorm.apply``)."""
+        if traced(input):
+            return leaf(self, input, mask)
         _checks.floating(input, BACKEND)
         axes = _checks.axes_in_range(self._axes(), input.ndim)
         _checks.lengths(input, axes, self.normalized_shape, self)

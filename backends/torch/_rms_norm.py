@@ -14,6 +14,7 @@ from normkit._rms_norm import apply_rms_norm
 
 from ._autocast import result_dtype
 from ._backend import BACKEND
+from ._leaf import leaf, traced
 
 
 class RMSNorm(nn.RMSNorm):
@@ -63,6 +64,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Normalize ``x``; ``mask`` says which values count (see ``nk.RMSNorm.apply``)."""
+        if traced(x):
+            return leaf(self, x, mask)
         _checks.floating(x, BACKEND)
         axes = _checks.axes_in_range(self._axes(), x.ndim)
         _checks.lengths(x, axes, self.normalized_shape, self)
