@@ -7,13 +7,29 @@ from harness import arrays, backends
 # Files about one framework, for when it is chosen (or installed, if nothing is chosen).
 _ABOUT = {
     "test_flax.py": "flax-",
+    "test_flax_convert.py": "flax-",
+    "test_flax_ecosystem.py": "flax-",
+    "test_flax_edges.py": "flax-",
+    "test_flax_options.py": "flax-",
     "test_flax_rules.py": "flax-",
     "test_jax.py": "jax",
     "test_keras.py": "keras-",
+    "test_keras_conformance.py": "keras-",
+    "test_keras_contract.py": "keras-",
+    "test_keras_convert.py": "keras-",
+    "test_keras_edges.py": "keras-",
+    "test_keras_masks.py": "keras-",
     "test_keras_models.py": "keras-",
     "test_tensorflow_backend.py": "tensorflow",
     "test_tensorflow_namespace.py": "tensorflow",
     "test_torch.py": "torch",
+    "test_torch_compilers.py": "torch",
+    "test_torch_conformance.py": "torch",
+    "test_torch_convert.py": "torch",
+    "test_torch_ecosystem.py": "torch",
+    "test_torch_edges.py": "torch",
+    "test_torch_masks.py": "torch",
+    "test_torch_transforms.py": "torch",
 }
 collect_ignore = [
     file

@@ -11,14 +11,24 @@ from keras import layers
 
 import normkit as nk
 import normkit.keras as nkk
-from harness.keras_layers import all_close, close, numpy
+from harness.keras_layers import all_close, close, make, numpy, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 BACKEND = keras.backend.backend()
 X = np.random.default_rng(0).normal(0.5, 2.0, (6, 5, 4)).astype("float32")
-NATIVE = (layers.BatchNormalization, layers.LayerNormalization)
-OURS = (nkk.BatchNormalization, nkk.LayerNormalization)
+NATIVE = (
+    layers.BatchNormalization,
+    layers.LayerNormalization,
+    layers.GroupNormalization,
+    layers.RMSNormalization,
+)
+OURS = (
+    nkk.BatchNormalization,
+    nkk.LayerNormalization,
+    nkk.GroupNormalization,
+    nkk.RMSNormalization,
+)
 
 
 DEFINITIONS = [
@@ -33,6 +43,17 @@ DEFINITIONS = [
     nk.LayerNorm((5, 4), axes=(1, -1), eps=0.1, bias=False),
     nk.LayerNorm.flax(6, axes=0, scale=False),
     nk.LayerNorm((6, 4), axes=(-3, 2), scale=False, bias=False),
+    nk.GroupNorm.keras(2, 4),
+    nk.GroupNorm.torch(5, 5, scale=False),
+    nk.GroupNorm.flax(1, 5, axis=-2, bias=False),
+    nk.InstanceNorm.keras(4),
+    nk.InstanceNorm.torch(5),
+    nk.InstanceNorm.flax(4, axis=2, decay=None, correction=1, track_running_stats=True),
+    nk.InstanceNorm(5, decay=0.5, track_running_stats=True, bias=True),
+    nk.RMSNorm.torch(4),
+    nk.RMSNorm.keras((5, 4), axes=(1, -1)),
+    nk.RMSNorm.flax(6, axes=0, zero_centered=True),
+    nk.RMSNorm((6, 4), axes=(-3, 2), scale=False, scale_after_cast=True),
 ]
 
 
@@ -41,11 +62,10 @@ def test_a_definition_becomes_a_layer_that_does_the_same_and_comes_back(definiti
     layer = nkk.layer(definition, name="norm")
     assert nkk.definition(layer) == definition
     params, state = definition.init()
-    training = {"training": True} if isinstance(definition, nk.BatchNorm) else {}
     for step in range(3):
         x = X * (step + 1)
         expected, state = definition.apply(params, state, x, training=True)
-        close(layer(x, **training), expected)
+        close(layer(x, **training(layer)), expected)
     close(layer(X), definition.apply(params, state, X)[0])
     for name, weight in {"mean": "moving_mean", "var": "moving_variance", "count": "count"}.items():
         if getattr(layer, weight, None) is not None:
@@ -57,21 +77,6 @@ def test_a_definition_becomes_a_layer_that_does_the_same_and_comes_back(definiti
     assert nkk.definition(loaded.layers[0]) == definition
     close(loaded(X), model(X), scale=0)
     assert nkk.definition(keras.models.clone_model(model).layers[0]) == definition
-
-
-def test_a_mask_that_keras_propagates_counts_for_batch_norm_only():
-    x = X.copy()
-    x[:, 3:] = 0
-    inputs = keras.Input((None, 4))
-    batch_norm, layer_norm = nkk.BatchNormalization(momentum=0), nkk.LayerNormalization()
-    outputs = layer_norm(batch_norm(layers.Masking()(inputs)))
-    assert outputs.shape == (None, None, 4)
-    model = keras.Model(inputs, outputs)
-    y = model(x, training=True)
-    close(batch_norm.moving_mean, x[:, :3].mean((0, 1)))
-    close(batch_norm.moving_variance, x[:, :3].var((0, 1)))
-    assert numpy(y._keras_mask).tolist() == [[True] * 3 + [False] * 2] * 6
-    close(layer_norm(layers.Masking()(x)), layers.LayerNormalization()(x))
 
 
 def test_what_has_no_statistics_leaves_the_state_alone():
@@ -97,15 +102,12 @@ def test_a_frozen_layer_is_in_inference():
 
 
 class Subclassed(keras.Model):
-    def __init__(self, batch_norm, layer_norm):
+    def __init__(self, *norms):
         super().__init__()
-        self.stages = [
-            layers.Dense(8),
-            batch_norm(),
-            layers.ReLU(),
-            layer_norm(),
-            layers.Dense(1, kernel_initializer="ones"),
-        ]
+        self.stages = [layers.Dense(8)]
+        for norm in norms:
+            self.stages += [make(norm), layers.Activation("gelu")]
+        self.stages.append(layers.Dense(1, kernel_initializer="ones"))
 
     def call(self, x, training=None):
         for stage in self.stages:
@@ -113,10 +115,12 @@ class Subclassed(keras.Model):
         return x
 
 
-def functional(batch_norm, layer_norm):
+def functional(*norms):
     inputs = keras.Input((4,))
-    x = layers.ReLU()(batch_norm()(layers.Dense(8)(inputs)))
-    return keras.Model(inputs, layers.Dense(1)(layer_norm()(x)))
+    x = layers.Dense(8)(inputs)
+    for norm in norms:
+        x = layers.Activation("gelu")(make(norm)(x))
+    return keras.Model(inputs, layers.Dense(1)(x))
 
 
 # On PyTorch jit_compile needs a C++ compiler, and on JAX everyone has it.
@@ -139,7 +143,8 @@ def test_a_model_trains_and_is_saved_as_with_the_native_layers(make, jit, tmp_pa
     (native, native_losses), (ours, our_losses) = found
     np.testing.assert_allclose(our_losses, native_losses, rtol=1e-5)
     predicted = native.predict(x, verbose=0)
-    np.testing.assert_allclose(ours.predict(x, verbose=0), predicted, rtol=0, atol=2e-5)
+    # Each layer multiplies what the ones before it have rounded.
+    np.testing.assert_allclose(ours.predict(x, verbose=0), predicted, rtol=0, atol=1e-4)
 
     for source, target in ((native, ours), (ours, native)):
         source.set_weights([w + 0.25 for w in source.get_weights()])
@@ -190,6 +195,10 @@ def test_a_native_layer_has_a_definition_once_it_is_built():
             layers.LayerNormalization(center=False, scale=False),
             nk.LayerNorm.keras(4, bias=False, scale=False),
         ),
+        (layers.GroupNormalization(2, scale=False), nk.GroupNorm.keras(2, 4, scale=False)),
+        (layers.GroupNormalization(-1, axis=1), nk.GroupNorm.keras(5, 5, axis=1)),
+        (layers.RMSNormalization(epsilon=0.1), nk.RMSNorm.keras(4, eps=0.1)),
+        (layers.RMSNormalization((2, 1)), nk.RMSNorm.keras((5, 4), axes=(1, 2))),
     ):
         native.build((None, 5, 4))
         assert nkk.definition(native) == expected
@@ -243,19 +252,3 @@ def test_what_is_no_layer_or_definition_is_refused():
         nkk.layer(64)
     with pytest.raises(TypeError, match="from a normalization layer, but got a keras"):
         nkk.definition(layers.Dense(3))
-
-
-@pytest.mark.parametrize("ours", OURS)
-def test_complex_numbers_are_refused(ours):
-    sentence = "x must hold real floating-point numbers, but its dtype is .*complex64.*; convert it"
-    with pytest.raises(TypeError, match=sentence):
-        ours()(X.astype("complex64"))
-
-
-@pytest.mark.parametrize("ours", OURS)
-def test_a_built_layer_refuses_other_lengths_before_it_computes(ours):
-    layer = ours()
-    layer.build((None, 5, 4))
-    for x in (keras.Input((5, 3)), X[..., :3]):
-        with pytest.raises(ValueError, match="expected axis -1 of input shape to have value 4"):
-            layer(x)

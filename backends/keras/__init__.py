@@ -15,10 +15,21 @@ from normkit._extras import require as _require
 _require("keras", "normkit.keras", "keras")
 
 from normkit.keras._batch_norm import BatchNormalization
+from normkit.keras._convert import convert, revert
+from normkit.keras._group_norm import GroupNormalization
+from normkit.keras._instance_norm import InstanceNormalization
 from normkit.keras._layer_norm import LayerNormalization
-from normkit.keras._portable import (
-    definition,
-    layer,
-)
+from normkit.keras._portable import definition, layer
+from normkit.keras._rms_norm import RMSNormalization
 
-__all__ = ["BatchNormalization", "LayerNormalization", "definition", "layer"]
+__all__ = [
+    "BatchNormalization",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "RMSNormalization",
+    "convert",
+    "definition",
+    "layer",
+    "revert",
+]

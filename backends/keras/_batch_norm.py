@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -11,6 +12,7 @@ import normkit as nk
 from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
 
+from . import _masks, _moving
 from ._tensors import built_shape, real_tensor, tensor
 
 # What this layer has beyond the native one, and the values that make it the native one.
@@ -131,13 +133,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             _checks.lengths(x, (axis,), (self.num_features,), self)
         super().build(input_shape)
         if self.momentum is None and self.track_running_stats:
-            self.count = self.add_weight(
-                name="count",
-                initializer="zeros",
-                dtype="int",
-                trainable=False,
-                aggregation="only_first_replica",
-            )
+            self.count = _moving.add_count(self)
 
     def add_weight(self, *args: Any, name: str | None = None, **kwargs: Any) -> Any:
         # The native build asks for them in any case.
@@ -148,18 +144,24 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalize ``inputs``; ``mask`` says which values count (see ``nk.BatchNorm.apply``).
 
-        As natively, the mask plays no part where the moving statistics are used.
+        A mask that came with the input belongs to its first axes. As natively, the mask plays no
+        part where the moving statistics are used.
         """
         if self.renorm or self.synchronized:
+            if self.synchronized and mask is not None and training and self.trainable:
+                warnings.warn(
+                    f"{self.name!r} was made with synchronized=True, but Keras takes the "
+                    f"statistics of masked input on each replica alone; give it no mask, or make "
+                    f"it without synchronized.",
+                    UserWarning,
+                    stacklevel=2,
+                )
             return super().call(inputs, training=training, mask=mask)
         training = bool(training and self.trainable)
         x, backend = real_tensor(inputs, self.compute_dtype)
         axis = self.axis % len(x.shape)
-        weights = None
-        if mask is not None:
-            mask = ops.convert_to_tensor(mask)
-            weights = _checks.weights_for(x, mask, axis, backend)
-        moving = self._moving()
+        weights = _masks.weights(inputs, mask, x, axis, backend)
+        moving = _moving.of(self)
         if moving and not training:
             weights = None
         elif self.num_features is not None:
@@ -183,11 +185,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
             for name, variable in moving.items():
                 variable.assign(new[name])
         return ops.cast(y, self.compute_dtype)
-
-    def _moving(self) -> dict[str, Any]:
-        """The weights that are state, by the names that the core has for them."""
-        named = {"mean": self.moving_mean, "var": self.moving_variance, "count": self.count}
-        return {name: variable for name, variable in named.items() if variable is not None}
 
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super().get_config()

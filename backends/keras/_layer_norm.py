@@ -12,18 +12,20 @@ import normkit as nk
 from normkit import _checks
 from normkit._layer_norm import apply_layer_norm
 
-from ._tensors import built_shape, real_tensor, tensor
+from . import _axes, _masks
+from ._masks import PROPAGATED, Masked
+from ._tensors import real_tensor, tensor
 
 
 @keras.saving.register_keras_serializable(package="normkit")
-class LayerNormalization(keras.layers.LayerNormalization):
+class LayerNormalization(Masked, keras.layers.LayerNormalization):
     """Layer normalization: ``keras.layers.LayerNormalization``, right to the last digits.
 
     It has the native arguments, weights and configuration, so either layer reads the weights that
     the other saved. Unlike the native one's, its results do not depend on the mean of the input,
     integer input is not rounded back to integers, any axes work on each backend, and so do second
-    derivatives. As natively, a mask that Keras propagates is handed on and changes no value: it
-    says which samples count, and each sample is normalized alone.
+    derivatives. A mask, also one that Keras propagates, is handed on, and masked positions come out
+    as ``beta``, where natively they are normalized like the others.
 
     Args:
         axis, epsilon, center, scale: as in ``keras.layers.LayerNormalization``, and so are the
@@ -72,44 +74,28 @@ class LayerNormalization(keras.layers.LayerNormalization):
             gamma_constraint=gamma_constraint,
             **kwargs,
         )
-        if shape is not None:
-            shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-            for n in shape:
-                _checks.length(n, "each length in shape")
-            _checks.one_axis_each(shape, _axes(self))
-        self.shape = shape
+        self.shape = _axes.lengths(shape, self)
 
     def build(self, input_shape: Any) -> None:
-        ndim = len(input_shape)
-        given = _axes(self)
-        axes = _checks.axes_in_range(given, ndim)
-        if self.shape is not None:
-            _checks.lengths(keras.KerasTensor(input_shape), axes, self.shape, self)
-        # The native build sorts by number, which puts axis -1 before axis 1 and lays the
-        # parameters out in that order; so it sees no negative ones.
-        self.axis = list(axes)
-        super().build(input_shape)
-        if self.shape is not None:
-            self.axis = list(given)
-        else:
-            self.axis = sorted(given, key=lambda axis: axis % ndim)
-        if self.scale or self.center or self.shape is not None:
-            self.input_spec = keras.layers.InputSpec(
-                min_ndim=max(axis + 1 if axis >= 0 else -axis for axis in self.axis),
-                axes={axis: input_shape[axis] for axis in self.axis},
-            )
+        _axes.build(self, super().build, input_shape)
 
-    def call(self, inputs: Any) -> Any:
-        """Normalize ``inputs``."""
+    def call(self, inputs: Any, mask: Any = PROPAGATED) -> Any:
+        """Normalize ``inputs``; ``mask`` says which values count (see ``nk.LayerNorm.apply``).
+
+        Unless it is given, it is the one that came with the input, which belongs to its first axes.
+        With ``rms_scaling`` the native layer does the computation, which knows no mask.
+        """
         if self.rms_scaling:
             return super().call(inputs)
         x, backend = real_tensor(inputs, self.compute_dtype)
+        axes = _checks.axes_in_range(_axes.axes_of(self), len(x.shape))
         y = apply_layer_norm(
             x,
             tensor(self.gamma),
             tensor(self.beta),
-            axes=_checks.axes_in_range(_axes(self), len(x.shape)),
+            axes=axes,
             eps=self.epsilon,
+            weights=_masks.weights(inputs, mask, x, axes[-1], backend),
             backend=backend,
         )
         return ops.cast(y, self.compute_dtype)
@@ -119,10 +105,6 @@ class LayerNormalization(keras.layers.LayerNormalization):
         if self.shape is not None:
             config["shape"] = list(self.shape)
         return config
-
-
-def _axes(layer: keras.layers.LayerNormalization) -> tuple[int, ...]:
-    return (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
 
 
 def build(definition: nk.LayerNorm, **options: Any) -> LayerNormalization:
@@ -145,11 +127,7 @@ def describe(layer: keras.layers.LayerNormalization) -> nk.LayerNorm:
             f"make it without to read its definition."
         )
         raise ValueError(msg)
-    axes, shape = _axes(layer), getattr(layer, "shape", None)
-    if shape is None:
-        whole = built_shape(layer)
-        axes = tuple(sorted(axes, key=lambda axis: axis % len(whole)))
-        shape = tuple(whole[axis] for axis in axes)
+    shape, axes = _axes.described(layer)
     return nk.LayerNorm(
         shape,
         axes=axes,

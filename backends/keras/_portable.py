@@ -8,16 +8,21 @@ import keras
 
 import normkit as nk
 from normkit import _checks
+from normkit._definition import Definition
 
-from . import _batch_norm, _layer_norm
+from . import _batch_norm, _group_norm, _instance_norm, _layer_norm, _rms_norm
 
 _FAMILY = (
     (nk.BatchNorm, keras.layers.BatchNormalization, _batch_norm),
     (nk.LayerNorm, keras.layers.LayerNormalization, _layer_norm),
+    # A kind of GroupNormalization, so it is asked for first.
+    (nk.InstanceNorm, _instance_norm.InstanceNormalization, _instance_norm),
+    (nk.GroupNorm, keras.layers.GroupNormalization, _group_norm),
+    (nk.RMSNorm, keras.layers.RMSNormalization, _rms_norm),
 )
 
 
-def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> keras.layers.Layer:
+def layer(definition: Definition, **options: Any) -> keras.layers.Layer:
     """The ``keras.layers.Layer`` that ``definition`` describes.
 
     Args:
@@ -38,7 +43,7 @@ def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> keras.laye
     raise _checks.no_definition(definition)
 
 
-def definition(layer: keras.layers.Layer) -> nk.BatchNorm | nk.LayerNorm:
+def definition(layer: keras.layers.Layer) -> Definition:
     """The definition of ``layer``, one of Keras' own normalization layers or of normkit's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What both layers ask of Keras: their input as a tensor, and the shape that they were built on."""
+"""What every layer asks of Keras: its input as a tensor, and the shape that it was built on."""
 
 from __future__ import annotations
 

@@ -17,14 +17,27 @@ def runner(name: str):
     return {"tensorflow": on_tensorflow, "jax": on_jax, "torch": on_torch}[keras.backend.backend()]
 
 
+def native(definition) -> keras.layers.Layer:
+    if isinstance(definition, nk.GroupNorm | nk.InstanceNorm):
+        return keras.layers.GroupNormalization(getattr(definition, "num_groups", -1))
+    kinds = {
+        nk.BatchNorm: keras.layers.BatchNormalization,
+        nk.LayerNorm: keras.layers.LayerNormalization,
+        nk.RMSNorm: keras.layers.RMSNormalization,
+    }
+    return kinds[type(definition)]()
+
+
 def build(job: Job):
     if job.native:
-        batch = isinstance(job.definition, nk.BatchNorm)
-        layer = keras.layers.BatchNormalization() if batch else keras.layers.LayerNormalization()
+        layer = native(job.definition)
     else:
         layer = nk.keras.layer(job.definition, dtype=POLICY.get(job.dtype, job.dtype))
     layer.build(job.batches[0].shape)
-    variables = {"scale": layer.gamma, "bias": layer.beta}
+    if isinstance(layer, keras.layers.RMSNormalization):
+        variables = {"scale": layer.scale}
+    else:
+        variables = {"scale": layer.gamma, "bias": layer.beta}
     for name, p in job.params.items():
         variables[name].assign(p)
     return layer, {name: variables[name] for name in job.params}
@@ -48,7 +61,8 @@ def array(t) -> np.ndarray:
 
 def options(layer, job: Job, i: int) -> dict:
     mask = {"mask": ops.convert_to_tensor(job.masks[i])} if job.masks else {}
-    return mask | ({"training": True} if isinstance(job.definition, nk.BatchNorm) else {})
+    remembers = getattr(job.definition, "track_running_stats", False)
+    return mask | ({"training": True} if remembers else {})
 
 
 def on_tensorflow(job: Job) -> dict:
