@@ -26,6 +26,7 @@ class Framework(NamedTuple):
     ours: str
     classes: list[str]
     without: dict[str, str]  # name -> why
+    new: dict[str, str]  # classes that only normkit has -> what they are
 
 
 FRAMEWORKS = [
@@ -49,6 +50,10 @@ FRAMEWORKS = [
             "LocalResponseNorm": "it has no statistics to standardize with",
             "CrossMapLRN2d": "it has no statistics to standardize with",
         },
+        {
+            "BatchNorm": "`BatchNorm1d`, `2d` and `3d` in one, for any rank",
+            "InstanceNorm": "`InstanceNorm1d`, `2d` and `3d` in one, for any rank",
+        },
     ),
     Framework(
         "Keras",
@@ -59,6 +64,9 @@ FRAMEWORKS = [
             "SpectralNormalization": "it normalizes the weights of another layer",
             "UnitNormalization": "it divides by a norm, and has neither statistics nor weights",
             "Normalization": "its statistics are those of a data set, given before training",
+        },
+        {
+            "InstanceNormalization": "a group for each channel, which may remember statistics",
         },
     ),
     *(
@@ -71,6 +79,7 @@ FRAMEWORKS = [
                 "SpectralNorm": "it normalizes the weights of another layer",
                 "WeightNorm": "it normalizes the weights of another layer",
             },
+            {},
         )
         for api, title in (("nnx", "NNX"), ("linen", "Linen"))
     ),
@@ -112,7 +121,7 @@ def shown(name: str, p: inspect.Parameter) -> str:
     default = p.default
     if callable(default) or hasattr(default, "default_factory"):
         return f"`{name}`"
-    text = getattr(default, "__name__", None) or repr(default)
+    text = "{}" if default == {} else getattr(default, "__name__", None) or repr(default)
     return f"`{name}`" if len(text) > 16 else f"`{name}={text}`"
 
 
@@ -140,6 +149,9 @@ def section(framework: Framework) -> list[str]:
         lines += [f"- `{name}`: {DIFFERENT[name]}." for name in DIFFERENT if name in different]
     lines += ["", "Without a twin:", ""]
     lines += [f"- `{framework.native}.{name}`: {why}." for name, why in framework.without.items()]
+    if framework.new:
+        lines += ["", "Only in normkit:", ""]
+        lines += [f"- `{framework.ours}.{name}`: {what}." for name, what in framework.new.items()]
     return [*lines, ""]
 
 

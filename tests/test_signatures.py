@@ -70,6 +70,13 @@ def test_no_native_layer_is_missing(framework):
     assert found == set(framework.classes) | set(framework.without)
 
 
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=lambda f: f.title)
+def test_no_class_of_normkit_is_missing(framework):
+    ours = importlib.import_module(framework.ours)
+    found = {name for name in ours.__all__ if isinstance(getattr(ours, name), type)}
+    assert found == set(framework.classes) | set(framework.new)
+
+
 def test_the_page_is_up_to_date():
     if len(FRAMEWORKS) == len(SCRIPT["FRAMEWORKS"]):
         assert SCRIPT["PAGE"].read_text() == SCRIPT["page"](), "run: python docs/signatures.py"
