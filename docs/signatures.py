@@ -95,6 +95,10 @@ DIFFERENT = {
     "renorm_momentum": "as `renorm`",
     "synchronized": "if it is on, Keras' own computation is used",
 }
+# Options whose default is written in another way.
+OTHER_DEFAULT = {
+    ("RMSNorm", "scale_init"): "None, its default, is ones, or zeros with `zero_centered`",
+}
 # What a signature has that is no option of a user's.
 _INTERNAL = {"self", "kwargs", "parent"}
 
@@ -144,9 +148,16 @@ def section(framework: Framework) -> list[str]:
         columns = [f"`{ours.__name__}`", *(", ".join(cell) for cell in (taken, *cells))]
         lines.append(f"| {' | '.join(columns)} |")
     different = {n for native, _ in twins(framework) for n in options(native)} & DIFFERENT.keys()
-    if different:
-        lines += ["", "Taken, but not quite as natively:", ""]
-        lines += [f"- `{name}`: {DIFFERENT[name]}." for name in DIFFERENT if name in different]
+    notes = [f"- `{name}`: {DIFFERENT[name]}." for name in DIFFERENT if name in different]
+    notes += [
+        f"- `{option}` of `{cls}`: {why}."
+        for (cls, option), why in OTHER_DEFAULT.items()
+        if any(
+            cls == native.__name__ and option in options(native) for native, _ in twins(framework)
+        )
+    ]
+    if notes:
+        lines += ["", "Taken, but not quite as natively:", "", *notes]
     lines += ["", "Without a twin:", ""]
     lines += [f"- `{framework.native}.{name}`: {why}." for name, why in framework.without.items()]
     if framework.new:

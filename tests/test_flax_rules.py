@@ -27,6 +27,7 @@ from harness.flax_layers import (
     names,
     pair,
     product,
+    random_parameters,
 )
 
 
@@ -34,12 +35,15 @@ from harness.flax_layers import (
 def test_mask(api, norm):
     """Statistics and gradients of the valid values alone; the rest, NaN or not, is the bias."""
     native, ours = pair(api, norm)
-    mask = MASK if norm == "BatchNorm" else jnp.asarray([True, True, False, True])
+    features = jnp.asarray([True, True, False, True])
+    mask = {"LayerNorm": features, "RMSNorm": features}.get(norm, MASK)
     valid = jnp.broadcast_to(mask, X[0].shape)
     spoilt = jnp.where(valid, X[0], jnp.nan)
     y, (by_params, by_x) = ours.step(spoilt, mask=mask)
+    if norm == "GroupNorm":
+        mask = valid  # the native one takes no other
     expected = native(X[0], mask=mask)
-    bias = jnp.broadcast_to(ours.params["bias"], y.shape)
+    bias = jnp.broadcast_to(ours.params.get("bias", 0.0), y.shape)
     close(y, jnp.where(valid, expected, bias))
     close(ours.stats, native.stats)
     (_, native_stats), pullback = jax.vjp(
@@ -47,11 +51,52 @@ def test_mask(api, norm):
     )
     quiet = jax.tree.map(jnp.zeros_like, native_stats)
     want_params, want_x = pullback((jnp.where(valid, UPSTREAM, 0), quiet))
-    want_params["bias"] = UPSTREAM.sum((0, 1))  # a masked position is the bias, so it counts there
+    if norm != "RMSNorm":  # a masked position is the bias, so it counts there
+        want_params["bias"] = UPSTREAM.sum((0, 1))
     close((by_params, by_x), (want_params, jnp.where(valid, want_x, 0)))
     if norm == "BatchNorm":
         y, (by_params, by_x) = ours.step(spoilt, mask=mask, training=False)
         close(y, jnp.where(valid, ours(X[0], training=False), bias))
+        assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves((by_params, by_x)))
+
+
+@EVERY
+def test_padding_is_as_good_as_cutting(api, norm):
+    """A batch padded with NaN gives, bit for bit, what its valid part alone gives."""
+    ours = Layer(api, NATIVE[api, norm][1])
+    ours.params = random_parameters(ours)
+    # Samples are padded at the end; where each is normalized for itself, whole samples may be.
+    whole = norm in ("GroupNorm", "InstanceNorm")
+    mask = jnp.arange(6)[:, None] < 4 if whole else jnp.arange(5) < 3
+    mask = jnp.broadcast_to(mask, (6, 5))
+    x = jnp.where(mask[..., None], X[0], jnp.nan)
+    cut = (slice(4),) if whole else (slice(None), slice(3))
+    y, (by_params, by_x) = ours.step(x, mask=mask, upstream=jnp.where(mask[..., None], UPSTREAM, 0))
+    padded, ours.stats = ours.stats, Layer(api, type(ours.module)).stats
+    expected, (want_params, want_x) = ours.step(X[0][cut], upstream=UPSTREAM[cut])
+    bound = 2e-6 if norm == "BatchNorm" else 0  # the one that adds up over samples
+    close((y[cut], by_x[cut]), (expected, want_x), bound)
+    close((by_params, padded), (want_params, ours.stats))
+    rest = ~mask[..., None] & jnp.ones(4, bool)
+    bias = jnp.broadcast_to(ours.params.get("bias", jnp.zeros(4)), y.shape)
+    close((y[rest], by_x[rest]), (bias[rest], jnp.zeros_like(bias[rest])), bound=0)
+
+
+@BOTH
+def test_padded_steps_of_samples(api):
+    """Steps of a sample that are masked take no part in GroupNorm and InstanceNorm."""
+    for norm, options in (
+        ("GroupNorm", {}),
+        ("InstanceNorm", {}),
+        ("InstanceNorm", {"track_running_stats": True}),
+    ):
+        ours = Layer(api, NATIVE[api, norm][1], **options)
+        mask = jnp.broadcast_to(jnp.arange(5) < 3, (6, 5))
+        x = jnp.where(mask[..., None], X[0], jnp.nan)
+        y, (by_params, by_x) = ours.step(x, mask=mask)
+        padded, ours.stats = ours.stats, Layer(api, type(ours.module), **options).stats
+        close(y[:, :3], ours(X[0][:, :3]))
+        close(padded, ours.stats)
         assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves((by_params, by_x)))
 
 
@@ -145,15 +190,43 @@ def test_what_is_left_to_the_native_layer(api, norm):
     found = [m(z) for m in layers]
     assert found[1].dtype == jnp.complex64
     np.testing.assert_array_equal(found[1], found[0])
-    if norm == "BatchNorm":
+    for text, options in ADDITIONS[norm]:
         sentence = (
-            "momentum=None, correction=1 and track_running_stats=False work neither across "
-            "replicas (axis_name) nor on complex numbers; leave them at their defaults there."
+            f"{norm} has {text}, which works neither across replicas (axis_name) nor on complex "
+            f"numbers; leave it at its default there."
         )
-        for options in ({"momentum": None}, {"correction": 1}, {"track_running_stats": False}):
-            layer = Layer(api, cls, **options)
-            with pytest.raises(ValueError, match=re.escape(sentence)):
-                layer(z)
+        layer = Layer(api, cls, **options)
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            layer(z)
+
+
+ADDITIONS = {
+    "BatchNorm": [
+        ("momentum=None", {"momentum": None}),
+        ("correction=1", {"correction": 1}),
+        ("track_running_stats=False", {"track_running_stats": False}),
+        ("correction=1 and momentum=None", {"momentum": None, "correction": 1}),
+    ],
+    "GroupNorm": [("axis=1", {"axis": 1, "num_groups": 5})],
+    "InstanceNorm": [("track_running_stats=True", {"track_running_stats": True})],
+    "LayerNorm": [],
+    "RMSNorm": [
+        ("zero_centered=True", {"zero_centered": True}),
+        ("scale_after_cast=True", {"scale_after_cast": True}),
+        ("epsilon=None", {"epsilon": None}),
+    ],
+}
+
+
+def test_nnx_group_norm_is_not_left_to_flax_where_flax_is_wrong():
+    layer = nkx.GroupNorm(4, 2, reduction_axes=(-1,), axis_name="replicas", rngs=nnx.Rngs(0))
+    sentence = (
+        "across replicas (axis_name) and on complex numbers Flax computes, whose GroupNorm for NNX "
+        "is wrong unless it keeps a single axis besides the channels', but reduction_axes=(-1,) of "
+        "3 dimensions keep 2; use flax.linen.GroupNorm there."
+    )
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        layer(X[0])
 
 
 DEFINITIONS = [
@@ -172,6 +245,27 @@ DEFINITIONS = [
         )
     ),
     nk.LayerNorm.flax(4),
+    *(
+        nk.GroupNorm(groups, 4, **options)
+        for groups, options in itertools.product(
+            [1, 2, 4], product(axis=[1, -1], scale=[True, False], bias=[True, False])
+        )
+    ),
+    *(
+        nk.InstanceNorm(4, axis=axis, track_running_stats=True, **options)
+        for axis, options in itertools.product(
+            [1, -1], product(decay=[0.9, None], correction=[0, 1], scale=[True, False])
+        )
+    ),
+    nk.InstanceNorm.flax(4),
+    *(
+        nk.RMSNorm(shape, axes, **options)
+        for (shape, axes), options in itertools.product(
+            [(4, None), (5, -2), ((5, 4), None), ((6, 5), (0, -2))],
+            product(scale=[True, False], eps=[None, 1e-5]),
+        )
+    ),
+    nk.RMSNorm.flax(4, zero_centered=True, scale_after_cast=True),
 ]
 
 
@@ -189,7 +283,8 @@ def test_definitions_and_layers(definition):
             assert nnx.to_pure_dict(nnx.state(layer, nnx.Param)).keys() == params.keys()
             found = nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
         else:
-            mode = {"use_running_average": False} if isinstance(layer, nn.BatchNorm) else {}
+            switched = getattr(definition, "track_running_stats", False)
+            mode = {"use_running_average": False} if switched else {}
             variables = layer.init(jax.random.key(0), x, **mode)
             assert variables.get("params", {}).keys() == params.keys()
             y, found = layer.apply(variables, x, mutable=["batch_stats"], **mode)
@@ -230,7 +325,7 @@ def test_refusals():
         "BatchNorm in training needs more than one value per channel, but got one: its variance "
         "is not defined. Use a larger batch, or training=False."
     )
-    axes = "nk.BatchNorm has one channel axis, but the layer has axis=(1, 2); no definition descri"
+    axes = "nk.BatchNorm has one channel axis, but the layer has axes (1, 2); no definition descri"
     apart = (
         "nk.LayerNorm normalizes over the axes of its parameters, but the layer has reduction_axes"
         "=(1, 2) and feature_axes=-1; no definition describes it."

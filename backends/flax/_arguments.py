@@ -25,12 +25,27 @@ def is_native(layer: Any, x: Array) -> bool:
     )
 
 
+def additions(layer: Any) -> list[str]:
+    """The options of ``layer`` that go beyond those of Flax' own, as they would be written."""
+    found = [
+        f"{name}={getattr(layer, name)!r}"
+        for name, native in layer._ADDED.items()
+        if getattr(layer, name) != native
+    ]
+    if getattr(layer, "track_running_stats", False) and layer.momentum is None:
+        found.append("momentum=None")
+    if layer.epsilon is None:
+        found.append("epsilon=None")
+    return found
+
+
 def no_additions(layer: Any) -> None:
-    """Where Flax computes, a BatchNorm can be no more than Flax' own."""
-    if layer.momentum is None or layer.correction or not layer.track_running_stats:
+    """Where Flax computes, a layer can be no more than Flax' own."""
+    found = additions(layer)
+    if found:
         msg = (
-            "momentum=None, correction=1 and track_running_stats=False work neither across "
-            "replicas (axis_name) nor on complex numbers; leave them at their defaults there."
+            f"{type(layer).__name__} has {' and '.join(found)}, which works neither across "
+            f"replicas (axis_name) nor on complex numbers; leave it at its default there."
         )
         raise ValueError(msg)
 
@@ -101,24 +116,24 @@ def values_per_channel(x: Array, axes: Axes) -> None:
     _checks.values_per_channel(math.prod(rest))
 
 
-def one_axis(axis: Any) -> int:
-    """The channel axis of a BatchNorm that a definition can describe."""
+def one_axis(axis: Any, kind: str) -> int:
+    """The channel axis of a layer that a definition can describe."""
     axes = as_tuple(axis)
     if len(axes) != 1:
         msg = (
-            f"nk.BatchNorm has one channel axis, but the layer has axis={axis!r}; no definition "
+            f"nk.{kind} has one channel axis, but the layer has axes {axis!r}; no definition "
             f"describes it."
         )
         raise ValueError(msg)
     return int(axes[0])
 
 
-def same_axes(layer: Any) -> Axes:
-    """The axes of a LayerNorm that a definition can describe."""
+def same_axes(layer: Any, kind: str) -> Axes:
+    """The axes of a LayerNorm or RMSNorm that a definition can describe."""
     axes = as_tuple(layer.feature_axes)
     if set(axes) != set(as_tuple(layer.reduction_axes)):
         msg = (
-            f"nk.LayerNorm normalizes over the axes of its parameters, but the layer has "
+            f"nk.{kind} normalizes over the axes of its parameters, but the layer has "
             f"reduction_axes={layer.reduction_axes!r} and feature_axes={layer.feature_axes!r}; "
             f"no definition describes it."
         )
@@ -126,3 +141,54 @@ def same_axes(layer: Any) -> Axes:
     # Flax takes them in any order, and lays parameters out in ascending order.
     alike = len({axis < 0 for axis in axes}) == 1
     return tuple(sorted(axes)) if alike else axes
+
+
+def one_length_each(shape: tuple[int, ...], axes: Axes) -> None:
+    """A definition knows the length of x along each axis, but NNX keeps parameters flat."""
+    if len(axes) != len(shape):
+        msg = (
+            f"the length of x along each of the axes {axes} is not known: the layer keeps flat "
+            f"parameters of {shape[0]} features. Give num_features= the lengths, as a tuple."
+        )
+        raise ValueError(msg)
+
+
+def channels(axes: Any, ndim: int) -> Axes:
+    """The channel axes of an InstanceNorm: any but that of the samples."""
+    for axis in as_tuple(axes):
+        _checks.channel_axis(axis, ndim)
+    return positions(axes, ndim)
+
+
+def values_per_instance(x: Array, axes: Axes) -> None:
+    """More than one value, along all but ``axes`` and the first, to take statistics from."""
+    rest = [length for axis, length in enumerate(x.shape) if axis not in (0, *axes)]
+    _checks.values_per_group(math.prod(rest), "InstanceNorm")
+
+
+def grouped(x: Array, layer: Any) -> tuple[int, Axes]:
+    """The channel axis of a GroupNorm, and the axes that it takes statistics over."""
+    if layer.reduction_axes is None:
+        # As in Flax, a single vector is one sample.
+        single = x.ndim == 1 and not layer.portable
+        (axis,) = (_checks.axes_in_range if single else _checks.channel_axis)(layer.axis, x.ndim)
+        return axis, tuple(range(1, x.ndim)) or (axis,)
+    (axis,) = _checks.axes_in_range(layer.axis, x.ndim)
+    axes = positions(layer.reduction_axes, x.ndim)
+    if axis not in axes:
+        msg = (
+            f"reduction_axes must include the channel axis, {layer.axis}, but they are "
+            f"{layer.reduction_axes!r} for an x of {x.ndim} dimensions; add it to them."
+        )
+        raise ValueError(msg)
+    return axis, axes
+
+
+def samples_alone(layer: Any) -> None:
+    """A GroupNorm that a definition can describe: each sample by itself, over all positions."""
+    if layer.reduction_axes is not None:
+        msg = (
+            f"nk.GroupNorm normalizes over all axes but the first, but the layer has "
+            f"reduction_axes={layer.reduction_axes!r}; no definition describes it."
+        )
+        raise ValueError(msg)

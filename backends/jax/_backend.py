@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as xp
+from jax.export import is_symbolic_dim
 
 from normkit._backend import Array, Backend, Count, DType
 
@@ -23,7 +24,7 @@ class JaxBackend(Backend):
     def size(self, x: Array, axes: tuple[int, ...]) -> Count:
         # Exported functions may have lengths that are symbols, and cannot be compared.
         size = super().size(x, axes)
-        return size if jax.core.is_constant_dim(size) else xp.asarray(size)
+        return xp.asarray(size) if is_symbolic_dim(size) else size
 
     def statistics_dtype(self, *dtypes: DType) -> DType:
         # This promotion is the package's own rule: where JAX' is strict, there is no mistake.

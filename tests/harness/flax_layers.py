@@ -18,11 +18,11 @@ RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(3, 6, 5, 4)), jnp.float32)  # three batches
 UPSTREAM = jnp.asarray(RNG.normal(size=X.shape[1:]), jnp.float32)
 MASK = jnp.asarray(RNG.random((6, 5, 1)) < 0.6)
+NORMS = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
 NATIVE = {
-    ("nnx", "BatchNorm"): (nnx.BatchNorm, nkx.BatchNorm),
-    ("nnx", "LayerNorm"): (nnx.LayerNorm, nkx.LayerNorm),
-    ("linen", "BatchNorm"): (nn.BatchNorm, nkl.BatchNorm),
-    ("linen", "LayerNorm"): (nn.LayerNorm, nkl.LayerNorm),
+    (api, norm): (getattr(flax, norm), getattr(ours, norm))
+    for api, flax, ours in (("nnx", nnx, nkx), ("linen", nn, nkl))
+    for norm in NORMS
 }
 EVERY = pytest.mark.parametrize(("api", "norm"), NATIVE)
 BOTH = pytest.mark.parametrize("api", ["nnx", "linen"])
@@ -32,8 +32,12 @@ class Layer:
     """A layer of either API with its variables, called alike; it keeps what training changes."""
 
     def __init__(self, api, cls, x=X[0], features=None, **options):
-        self.batch = issubclass(cls, (nnx.BatchNorm, nn.BatchNorm))
+        self.batch = issubclass(cls, nnx.BatchNorm | nn.BatchNorm) or bool(
+            options.get("track_running_stats")
+        )
         self.nnx = api == "nnx"
+        if issubclass(cls, nnx.GroupNorm | nn.GroupNorm):
+            options = {"num_groups": 2} | options
         if self.nnx:
             axis = options.get("axis", options.get("feature_axes", -1))
             features = features or int(np.prod([x.shape[a] for a in np.atleast_1d(axis)]))
@@ -69,12 +73,12 @@ class Layer:
         y, self.stats = self.pure(self.params, self.stats, x, training, **call)
         return y
 
-    def step(self, x, **call):
-        """``y``, and the gradients of sum(y * UPSTREAM), by parameter and by ``x``."""
+    def step(self, x, upstream=UPSTREAM, **call):
+        """``y``, and the gradients of sum(y * upstream), by parameter and by ``x``."""
 
         def loss(params, x):
             y, stats = self.pure(params, self.stats, x, **call)
-            return (y * UPSTREAM).sum(), (y, stats)
+            return (y * upstream).sum(), (y, stats)
 
         (_, (y, self.stats)), found = jax.value_and_grad(loss, (0, 1), has_aux=True)(self.params, x)
         return y, found
@@ -87,13 +91,15 @@ def pair(api, norm, native=None, **options):
         Layer(api, reference, use_fast_variance=False, **options, **(native or {})),
         Layer(api, cls, **options),
     )
-    rng = np.random.default_rng(1)
-    params = {
-        k: jnp.asarray(rng.uniform(0.5, 2, p.shape), p.dtype) for k, p in layers[0].params.items()
-    }
+    params = random_parameters(layers[0])
     for layer in layers:
         layer.params = params
     return layers
+
+
+def random_parameters(layer):
+    rng = np.random.default_rng(1)
+    return {k: jnp.asarray(rng.uniform(0.5, 2, p.shape), p.dtype) for k, p in layer.params.items()}
 
 
 def close(found, expected, bound=2e-6):

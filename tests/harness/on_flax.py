@@ -25,9 +25,10 @@ def dtypes(job: Job) -> dict:
 def build_nnx(job: Job) -> nnx.Module:
     d = job.definition
     if job.native:
-        batch = isinstance(d, nk.BatchNorm)
-        native, features = (nnx.BatchNorm, d.num_features) if batch else (nnx.LayerNorm, d.shape[0])
-        return native(features, rngs=nnx.Rngs(0))
+        native = getattr(nnx, type(d).__name__)
+        if isinstance(d, nk.GroupNorm):
+            return native(d.num_channels, d.num_groups, rngs=nnx.Rngs(0))
+        return native(*d.parameter_shape, rngs=nnx.Rngs(0))
     return nk.flax.nnx.layer(d, **dtypes(job))
 
 
@@ -67,8 +68,8 @@ def on_nnx(job: Job) -> dict:
 def on_linen(job: Job) -> dict:
     with jax.enable_x64(job.dtype == "float64"):
         layer = nk.flax.linen.layer(job.definition, **dtypes(job))
-        batch = isinstance(job.definition, nk.BatchNorm)
-        options = {"use_running_average": False} if batch else {}
+        switched = isinstance(job.definition, nk.BatchNorm | nk.InstanceNorm)
+        options = {"use_running_average": False} if switched else {}
         variables = layer.init(jax.random.key(0), jnp.asarray(job.batches[0]), **options)
         params = {name: jnp.asarray(p) for name, p in job.params.items()}
         rest = {name: value for name, value in variables.items() if name != "params"}
@@ -89,7 +90,7 @@ def on_linen(job: Job) -> dict:
             y, rest, dparams, dx = step(params, rest, jnp.asarray(x), jnp.asarray(g), mask)
             out |= {f"y{i}": y, f"dx{i}": dx} | {f"d{n}{i}": dparams[n] for n in job.params}
         out |= rest.get("batch_stats", {})
-        options = {"use_running_average": True} if batch else {}
+        options = {"use_running_average": True} if switched else {}
         out["eval"] = layer.apply(
             {"params": params, **rest}, jnp.asarray(job.batches[0]), **options
         )

@@ -12,7 +12,18 @@
 """
 
 from normkit.flax.linen._batch_norm import BatchNorm
+from normkit.flax.linen._group_norm import GroupNorm
+from normkit.flax.linen._instance_norm import InstanceNorm
 from normkit.flax.linen._layer_norm import LayerNorm
 from normkit.flax.linen._portable import definition, layer
+from normkit.flax.linen._rms_norm import RMSNorm
 
-__all__ = ["BatchNorm", "LayerNorm", "definition", "layer"]
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "definition",
+    "layer",
+]

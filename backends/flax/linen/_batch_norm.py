@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from normkit._batch_norm import apply_batch_norm
 from normkit.flax import _arguments
 from normkit.jax._backend import BACKEND
 
-from ._variables import parameters, shape_of
+from ._variables import parameters, running, shape_of, store, trains
 
 
 class BatchNorm(nn.BatchNorm):
@@ -52,6 +54,10 @@ class BatchNorm(nn.BatchNorm):
     ((8, 5, 3), 0.01)
     """
 
+    _ADDED: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"correction": 0, "track_running_stats": True}
+    )
+
     momentum: float | None = 0.99
     correction: int = field(default=0, kw_only=True)
     track_running_stats: bool = field(default=True, kw_only=True)
@@ -61,7 +67,7 @@ class BatchNorm(nn.BatchNorm):
     def __post_init__(self) -> None:
         _checks.estimator(self.correction)
         if self.num_features is not None:
-            _arguments.one_axis(self.axis)
+            _arguments.one_axis(self.axis, "BatchNorm")
         super().__post_init__()
 
     @nn.compact
@@ -97,13 +103,10 @@ class BatchNorm(nn.BatchNorm):
         axes = _arguments.positions(self.axis, x.ndim)
         if self.num_features is not None:
             _checks.lengths(x, axes, (self.num_features,), type(self).__name__)
-        given = (self.use_running_average, use_running_average)
-        training = True
-        if self.track_running_stats or any(choice is not None for choice in given):
-            training = not nn.merge_param("use_running_average", *given)
+        training = trains(self, use_running_average)
         shape = [x.shape[axis] for axis in axes]
-        running = _running(self, shape)
-        if self.portable and (training or not running) and not self.is_initializing():
+        remembered = running(self, shape)
+        if self.portable and (training or not remembered) and not self.is_initializing():
             _arguments.values_per_channel(x, axes)
         scale, bias = parameters(self, shape)
         weights = _arguments.weights_of(x, mask, axes[0] if len(axes) == 1 else None, self.portable)
@@ -112,7 +115,7 @@ class BatchNorm(nn.BatchNorm):
             wide,
             scale,
             bias,
-            {name: variable.value for name, variable in running.items()},
+            {name: variable.value for name, variable in remembered.items()},
             axis=axes,
             eps=self.epsilon,
             decay=self.momentum,
@@ -122,29 +125,9 @@ class BatchNorm(nn.BatchNorm):
             dtype=dtype,
             backend=BACKEND,
         )
-        # As in Flax, x at initialization is no data.
-        if training and not self.is_initializing():
-            for name, variable in running.items():
-                variable.value = new[name]
+        if training:
+            store(new, self, remembered)
         return y
-
-
-def _running(layer: BatchNorm, shape: list[int]) -> dict[str, nn.Variable[Any]]:
-    """The running statistics, which are created if need be."""
-    if not layer.track_running_stats:
-        return {}
-    dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
-    if layer.portable:
-        dtype = BACKEND.statistics_dtype(layer.param_dtype)
-    running = {
-        "mean": layer.variable("batch_stats", "mean", jnp.zeros, shape, dtype),
-        "var": layer.variable("batch_stats", "var", jnp.ones, shape, dtype),
-    }
-    for name, variable in running.items():
-        _checks.parameter(variable.value, tuple(shape), name, BACKEND)
-    if layer.momentum is None:
-        running["count"] = layer.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-    return running
 
 
 def build(definition: nk.BatchNorm, **options: Any) -> BatchNorm:
@@ -165,7 +148,7 @@ def build(definition: nk.BatchNorm, **options: Any) -> BatchNorm:
 
 def describe(layer: nn.BatchNorm, variables: Any = None) -> nk.BatchNorm:
     """The definition of ``layer``, a native one or normkit's."""
-    axis = _arguments.one_axis(layer.axis)
+    axis = _arguments.one_axis(layer.axis, "BatchNorm")
     known = getattr(layer, "num_features", None)
     return nk.BatchNorm(
         shape_of(layer, variables)[0] if known is None else known,

@@ -114,7 +114,7 @@ def build(definition: nk.LayerNorm, **options: Any) -> LayerNorm:
 
 def describe(layer: nn.LayerNorm, variables: Any = None) -> nk.LayerNorm:
     """The definition of ``layer``, a native one or normkit's."""
-    axes = _arguments.same_axes(layer)
+    axes = _arguments.same_axes(layer, "LayerNorm")
     known = getattr(layer, "shape", None)
     return nk.LayerNorm(
         shape_of(layer, variables) if known is None else known,

@@ -8,16 +8,20 @@ import flax.linen as nn
 
 import normkit as nk
 from normkit import _checks
+from normkit._definition import Definition
 
-from . import _batch_norm, _layer_norm
+from . import _batch_norm, _group_norm, _instance_norm, _layer_norm, _rms_norm
 
 _FAMILY = (
     (nk.BatchNorm, nn.BatchNorm, _batch_norm),
     (nk.LayerNorm, nn.LayerNorm, _layer_norm),
+    (nk.GroupNorm, nn.GroupNorm, _group_norm),
+    (nk.InstanceNorm, nn.InstanceNorm, _instance_norm),
+    (nk.RMSNorm, nn.RMSNorm, _rms_norm),
 )
 
 
-def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> nn.Module:
+def layer(definition: Definition, **options: Any) -> nn.Module:
     """The module that ``definition`` describes, ``portable`` (see :class:`BatchNorm`).
 
     Args:
@@ -38,7 +42,7 @@ def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> nn.Module:
     raise _checks.no_definition(definition)
 
 
-def definition(layer: nn.Module, variables: Any = None) -> nk.BatchNorm | nk.LayerNorm:
+def definition(layer: nn.Module, variables: Any = None) -> Definition:
     """The definition of ``layer``, one of Flax' own normalization layers or of normkit's.
 
     Args:
@@ -49,7 +53,8 @@ def definition(layer: nn.Module, variables: Any = None) -> nk.BatchNorm | nk.Lay
     Raises:
         TypeError: ``layer`` is none that normkit knows.
         ValueError: the lengths are not known; or it has options that no definition describes:
-            several channel axes, or parameters along other axes than it normalizes over.
+            several channel axes, parameters along other axes than it normalizes over, or a
+            GroupNorm's reduction_axes.
 
     >>> import jax, jax.numpy as jnp
     >>> ln = nn.LayerNorm()

@@ -10,7 +10,21 @@
 """
 
 from normkit.flax.nnx._batch_norm import BatchNorm
+from normkit.flax.nnx._convert import convert, revert
+from normkit.flax.nnx._group_norm import GroupNorm
+from normkit.flax.nnx._instance_norm import InstanceNorm
 from normkit.flax.nnx._layer_norm import LayerNorm
 from normkit.flax.nnx._portable import definition, layer
+from normkit.flax.nnx._rms_norm import RMSNorm
 
-__all__ = ["BatchNorm", "LayerNorm", "definition", "layer"]
+__all__ = [
+    "BatchNorm",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "RMSNorm",
+    "convert",
+    "definition",
+    "layer",
+    "revert",
+]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.module import first_from
 from flax.nnx.nn import dtypes, initializers
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax import Array
@@ -20,6 +19,7 @@ from normkit.flax import _arguments
 from normkit.jax._backend import BACKEND
 
 from ._dtypes import promoted
+from ._variables import parameter, remember, state_of, store, trains
 
 _ZEROS, _ONES = initializers.zeros_init(), initializers.ones_init()
 
@@ -53,6 +53,10 @@ class BatchNorm(nnx.BatchNorm):
     >>> bn(jnp.ones((8, 5, 3)), mask=jnp.arange(5) < jnp.full((8, 1), 4)).shape
     (8, 5, 3)
     """
+
+    _ADDED: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"correction": 0, "track_running_stats": True}
+    )
 
     def __init__(
         self,
@@ -103,14 +107,10 @@ class BatchNorm(nnx.BatchNorm):
         self.correction = correction
         self.track_running_stats = track_running_stats
         self.portable = portable
-        if portable:
-            wide = BACKEND.statistics_dtype(self.param_dtype)
-            self.mean = nnx.BatchStat(self.mean[...].astype(wide))
-            self.var = nnx.BatchStat(self.var[...].astype(wide))
-        if not track_running_stats:
+        if track_running_stats:
+            remember(self)
+        else:
             self.mean = self.var = nnx.data(None)
-        if track_running_stats and momentum is None:
-            self.count = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def __call__(
         self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
@@ -141,18 +141,11 @@ class BatchNorm(nnx.BatchNorm):
             _arguments.no_additions(self)
             return super().__call__(x, use_running_average, mask=mask)
         _checks.lengths(x, axes, (self.num_features,), type(self).__name__)
-        state = self._state()
-        training = not first_from(
-            use_running_average,
-            self.use_running_average,
-            None if state else False,
-            error_msg="BatchNorm needs use_running_average, True or False, but it was given "
-            "neither to the layer nor to the call; give it to either.",
-        )
+        state = state_of(self)
+        training = trains(self, use_running_average)
         if self.portable and (training or not state):
             _arguments.values_per_channel(x, axes)
-        given = (self.scale, self.bias)
-        scale, bias = (None if p is None else p[...] for p in given)
+        scale, bias = (parameter(p, (self.num_features,)) for p in (self.scale, self.bias))
         (x, mean, var, scale, bias), dtype = promoted(
             self, x, state.get("mean"), state.get("var"), scale, bias
         )
@@ -173,15 +166,8 @@ class BatchNorm(nnx.BatchNorm):
             backend=BACKEND,
         )
         if training:
-            for name, value in new.items():
-                getattr(self, name)[...] = value
+            store(new, self)
         return y
-
-    def _state(self) -> dict[str, Array]:
-        if self.mean is None:
-            return {}
-        names = ("mean", "var", "count") if self.momentum is None else ("mean", "var")
-        return {name: getattr(self, name)[...] for name in names}
 
 
 def build(definition: nk.BatchNorm, *, rngs: nnx.Rngs | None = None, **options: Any) -> BatchNorm:
@@ -205,7 +191,7 @@ def describe(layer: nnx.BatchNorm) -> nk.BatchNorm:
     """The definition of ``layer``, a native one or normkit's."""
     return nk.BatchNorm(
         layer.num_features,
-        axis=_arguments.one_axis(layer.axis),
+        axis=_arguments.one_axis(layer.axis, "BatchNorm"),
         eps=layer.epsilon,
         decay=layer.momentum,
         correction=getattr(layer, "correction", 0),

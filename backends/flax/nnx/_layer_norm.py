@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +20,7 @@ from normkit.flax import _arguments
 from normkit.jax._backend import BACKEND
 
 from ._dtypes import promoted
+from ._variables import parameter
 
 _ZEROS, _ONES = initializers.zeros_init(), initializers.ones_init()
 
@@ -49,6 +50,8 @@ class LayerNorm(nnx.LayerNorm):
     >>> LayerNorm(4, rngs=nnx.Rngs(0))(jnp.ones((2, 3, 4))).shape
     (2, 3, 4)
     """
+
+    _ADDED: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class LayerNorm(nnx.LayerNorm):
         # Without parameters Flax takes any number of features.
         if len(shape) == len(features) and (self.portable or any(p is not None for p in given)):
             _checks.lengths(x, features, shape, type(self).__name__)
-        scale, bias = (None if p is None else p[...].reshape(lengths) for p in given)
+        scale, bias = (parameter(p, lengths) for p in given)
         (x, scale, bias), dtype = promoted(self, x, scale, bias)
         return apply_layer_norm(
             x,
@@ -162,13 +165,8 @@ def build(definition: nk.LayerNorm, *, rngs: nnx.Rngs | None = None, **options: 
 
 def describe(layer: nnx.LayerNorm) -> nk.LayerNorm:
     """The definition of ``layer``, a native one or normkit's."""
-    axes, shape = _arguments.same_axes(layer), _arguments.as_shape(layer.num_features)
-    if len(axes) != len(shape):
-        msg = (
-            f"the length of x along each of the axes {axes} is not known: the layer keeps flat "
-            f"parameters of {shape[0]} features. Give num_features= the lengths, as a tuple."
-        )
-        raise ValueError(msg)
+    axes, shape = _arguments.same_axes(layer, "LayerNorm"), _arguments.as_shape(layer.num_features)
+    _arguments.one_length_each(shape, axes)
     return nk.LayerNorm(
         shape,
         axes=axes,

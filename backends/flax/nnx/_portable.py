@@ -8,16 +8,20 @@ from flax import nnx
 
 import normkit as nk
 from normkit import _checks
+from normkit._definition import Definition
 
-from . import _batch_norm, _layer_norm
+from . import _batch_norm, _group_norm, _instance_norm, _layer_norm, _rms_norm
 
 _FAMILY = (
     (nk.BatchNorm, nnx.BatchNorm, _batch_norm),
     (nk.LayerNorm, nnx.LayerNorm, _layer_norm),
+    (nk.GroupNorm, nnx.GroupNorm, _group_norm),
+    (nk.InstanceNorm, nnx.InstanceNorm, _instance_norm),
+    (nk.RMSNorm, nnx.RMSNorm, _rms_norm),
 )
 
 
-def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> nnx.Module:
+def layer(definition: Definition, **options: Any) -> nnx.Module:
     """The module that ``definition`` describes, ``portable`` (see :class:`BatchNorm`).
 
     Args:
@@ -38,13 +42,13 @@ def layer(definition: nk.BatchNorm | nk.LayerNorm, **options: Any) -> nnx.Module
     raise _checks.no_definition(definition)
 
 
-def definition(layer: nnx.Module) -> nk.BatchNorm | nk.LayerNorm:
+def definition(layer: nnx.Module) -> Definition:
     """The definition of ``layer``, one of Flax' own normalization layers or of normkit's.
 
     Raises:
         TypeError: ``layer`` is none that normkit knows.
-        ValueError: it has options that no definition describes: several channel axes, or
-            parameters along other axes than it normalizes over.
+        ValueError: it has options that no definition describes: several channel axes,
+            parameters along other axes than it normalizes over, or a GroupNorm's reduction_axes.
     """
     for _, native, module in _FAMILY:
         if isinstance(layer, native):
