@@ -45,7 +45,7 @@ def along(p, axes: tuple[int, ...], shape: tuple[int, ...], missing: float) -> n
 def forward(
     x, scale, bias, *, axes, parameter_axes, eps, weights=None, centered=True
 ) -> dict[str, Any]:
-    """Output and statistics with the batch's own mean and variance; if not ``centered``, around 0."""
+    """Output and statistics with the batch's own mean and variance, or around zero."""
     x = wide(x)
     gamma = along(scale, parameter_axes, x.shape, 1.0)
     beta = along(bias, parameter_axes, x.shape, 0.0)
