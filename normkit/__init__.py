@@ -9,6 +9,7 @@ the parameter axes, and maybe remember the statistics. It is written once, again
 """
 
 from importlib.util import find_spec as _find_spec
+from pathlib import Path as _Path
 from typing import Any as _Any
 
 from normkit._batch_norm import BatchNorm, batch_norm
@@ -18,6 +19,11 @@ from normkit._layer_norm import LayerNorm, layer_norm
 from normkit._normalize import normalize
 from normkit._rms_norm import RMSNorm, rms_norm
 from normkit._statistics import Moments, moments
+
+# Installed, the adapters are in this folder; in a checkout they are next to it.
+_checkout = _Path(__file__).parents[1]
+if (_checkout / "backends").is_dir() and (_checkout / "pyproject.toml").is_file():
+    __path__.append(str(_checkout / "backends"))
 
 __all__ = [
     "BatchNorm",

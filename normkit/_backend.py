@@ -8,6 +8,7 @@ overrides those for which its framework has a better one.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 Array = Any
@@ -70,6 +71,42 @@ class Backend:
         length = shape[axis] * shape[axis + 1]
         return self.xp.reshape(x, (*shape[:axis], length, *shape[axis + 2 :]))
 
+    # Three operations that a backend may do faster than the engine, out of its framework's own
+    # primitives. Each does what the engine's function of the same name does, without weights; or
+    # returns None, and the engine does it. Arguments that broadcast have the rank of x.
+
+    def standardize(
+        self,
+        x: Array,
+        axes: tuple[int, ...],
+        scale: Array | None,
+        bias: Array | None,
+        eps: float,
+        remember: bool,
+        dtype: DType,
+    ) -> tuple[Array, Array | None, Array | None] | None:
+        """The result; and if they are to be remembered, mean and variance (reduced axes kept)."""
+        return None
+
+    def normalize(
+        self,
+        x: Array,
+        mean: Array,
+        variance: Array,
+        scale: Array | None,
+        bias: Array | None,
+        eps: float,
+        dtype: DType,
+    ) -> Array | None:
+        """The result, with statistics that are given."""
+        return None
+
+    def rescale(
+        self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType
+    ) -> Array | None:
+        """``x`` divided by its root mean square over ``axes``, times ``scale``."""
+        return None
+
     def is_floating(self, dtype: DType) -> bool:
         """Whether ``dtype`` is a real floating-point type of this library."""
         return bool(self.xp.isdtype(dtype, "real floating"))
@@ -77,6 +114,14 @@ class Backend:
     def statistics_dtype(self, *dtypes: DType) -> DType:
         """The dtype in which statistics of ``dtypes`` are taken: theirs, but float32 at least."""
         return self.xp.result_type(self.xp.float32, *dtypes)
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        """Where numbers beyond the largest one are expected, and nobody need be warned of them."""
+        return nullcontext()
+
+    def asarray(self, a: Any, x: Array) -> Array:
+        """``a`` as an array of this library, where ``x`` is."""
+        return self.xp.asarray(a)
 
     def is_visible(self, x: Array) -> bool:
         """Whether the values of ``x`` can be read now, without tracing or waiting for a device."""

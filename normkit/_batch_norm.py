@@ -180,10 +180,19 @@ def apply_batch_norm(
     scale, bias = wide(scale), wide(bias)
     if training or not state:
         axes = tuple(a for a in range(ndim) if a not in channels and a not in apart)
+        remember = training and bool(state)
         y, batch = standardize(
-            x, axes, scale, bias, eps=eps, weights=weights, dtype=dtype, backend=backend
+            x,
+            axes,
+            scale,
+            bias,
+            eps=eps,
+            weights=weights,
+            remember=remember,
+            dtype=dtype,
+            backend=backend,
         )
-        if training and state:
+        if batch is not None and remember:
             state = updated(state, batch, apart, decay, correction, backend)
         return y, state
     y = normalize(
@@ -241,8 +250,8 @@ def batch_norm(
     _checks.values_per_channel(backend.size(x, others))
     y, _ = apply_batch_norm(
         x,
-        _checks.parameter(scale, shape, "scale", backend),
-        _checks.parameter(bias, shape, "bias", backend),
+        _checks.parameter(scale, x, shape, "scale", backend),
+        _checks.parameter(bias, x, shape, "bias", backend),
         {},
         axis=channel,
         eps=eps,

@@ -68,6 +68,16 @@ def decay_rate(decay: Any) -> None:
         raise ValueError(msg)
 
 
+def no_momentum(momentum: Any) -> TypeError:
+    """A word that means opposite things."""
+    msg = (
+        f"there is no momentum, which means opposite things in different frameworks, but got "
+        f"momentum={momentum!r}; give decay, the share of the running statistics that a step "
+        f"keeps: 1 - momentum of PyTorch, momentum of Keras and Flax."
+    )
+    return TypeError(msg)
+
+
 def estimator(correction: Any) -> None:
     """``correction`` is 0 (population variance) or 1 (unbiased estimate)."""
     if isinstance(correction, bool) or correction not in (0, 1):
@@ -135,12 +145,12 @@ def same_lengths(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
     )
 
 
-def same_library(p: Array, name: str, backend: Backend) -> Array:
+def same_library(p: Array, x: Array, name: str, backend: Backend) -> Array:
     """``p`` as an array of the library that ``x`` is of. Only NumPy's are converted unasked."""
     if backend_of(p) is backend:
         return p
     if is_numpy_array(p):
-        return backend.xp.asarray(p)
+        return backend.asarray(p, x)
     msg = (
         f"{name} must be an array of the same library as x, but got a {type(p).__name__}; convert "
         f"it first."
@@ -148,11 +158,13 @@ def same_library(p: Array, name: str, backend: Backend) -> Array:
     raise TypeError(msg)
 
 
-def parameter(p: Array | None, shape: tuple[int, ...], name: str, backend: Backend) -> Array | None:
+def parameter(
+    p: Array | None, x: Array, shape: tuple[int, ...], name: str, backend: Backend
+) -> Array | None:
     """``p`` as an array of the library of ``x``, with the shape of the axes that it lies along."""
     if p is None:
         return None
-    p = same_library(p, name, backend)
+    p = same_library(p, x, name, backend)
     floating(p, backend, name)
     if not same_lengths(tuple(p.shape), shape):
         msg = (
@@ -200,7 +212,7 @@ def values_per_channel(count: Count) -> None:
     if not is_array(count) and count == 1:
         msg = (
             "BatchNorm in training needs more than one value per channel, but got one: its "
-            "variance is not defined. Use a larger batch, or training=False."
+            "variance is not defined. Use a larger batch, or the running statistics."
         )
         raise ValueError(msg)
 
@@ -215,8 +227,14 @@ def values_per_group(count: Count, what: Any) -> None:
         raise ValueError(msg)
 
 
-def divisible(num_channels: int, num_groups: int) -> None:
+def divisible(num_channels: int | None, num_groups: int) -> None:
     """Groups of equal size."""
+    if num_channels is None:
+        msg = (
+            "the number of channels must be known to divide them into groups, but it is None; set "
+            "the shape of x first, for example with tf.ensure_shape."
+        )
+        raise ValueError(msg)
     if num_channels % num_groups:
         msg = (
             f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups}), so "
@@ -236,7 +254,7 @@ def weights_for(
     if weights is None:
         return None
     xp = backend.xp
-    weights = xp.asarray(weights)
+    weights = backend.asarray(weights, x)
     shape, full = tuple(weights.shape), tuple(x.shape)
     if channel is not None and len(shape) == len(full) - 1:
         shape = (*shape[:channel], 1, *shape[channel:])

@@ -89,7 +89,7 @@ class Definition(ABC):
         _checks.lengths(x, axes, self.parameter_shape, self)
         _checks.keys(params, {"scale": self.scale, "bias": self.bias}, "params")
         params = {
-            name: _checks.parameter(p, self.parameter_shape, name, backend)
+            name: _checks.parameter(p, x, self.parameter_shape, name, backend)
             for name, p in params.items()
         }
         return backend, params, _checks.weights_for(x, mask, axes[-1], backend)

@@ -18,16 +18,24 @@ def standardize(
     *,
     eps: float,
     weights: Array | None = None,
+    remember: bool = False,
     dtype: DType | None = None,
     backend: Backend,
-) -> tuple[Array, Moments]:
+) -> tuple[Array, Moments | None]:
     """``(x - mean) / sqrt(variance + eps) * scale + bias`` with the statistics of ``x`` itself.
 
-    ``scale`` and ``bias`` have the rank of ``x``, and so have the moments that are returned. A
-    position whose weight is zero counts as standing at the mean: it comes out as ``bias``. The
-    result has ``dtype``, that of ``x`` if None.
+    ``scale`` and ``bias`` have the rank of ``x``, and so have the moments that are returned, if
+    anyone is to ``remember`` them. A position whose weight is zero counts as standing at the mean:
+    it comes out as ``bias``. The result has ``dtype``, that of ``x`` if None.
     """
     dtype = x.dtype if dtype is None else dtype
+    if not remember:
+        x, weights = _whole(x, axes, weights, backend)
+    if weights is None:
+        fast = backend.standardize(x, axes, scale, bias, eps, remember, dtype)
+        if fast is not None:
+            y, mean, variance = fast
+            return y, Moments(backend.size(x, axes), mean, variance) if remember else None
     x = cast(x, backend.statistics_dtype(x.dtype), backend)
     centred, found = centre(x, axes, weights, backend)
     rstd = centred.rstd(eps, backend)
@@ -51,11 +59,18 @@ def rescale(
     ``scale_after_cast`` the last product is one of the dtype of the result. The rest as above.
     """
     dtype = x.dtype if dtype is None else dtype
-    x = cast(x, backend.statistics_dtype(x.dtype), backend)
+    wide = backend.statistics_dtype(x.dtype)
+    eps = epsilon(eps, wide, backend)
+    x, weights = _whole(x, axes, weights, backend)
+    if weights is None and not scale_after_cast:
+        fast = backend.rescale(x, axes, scale, eps, dtype)
+        if fast is not None:
+            return fast
+    x = cast(x, wide, backend)
     x = select(x, weights, backend)
     _, average = averaging(x, axes, weights, backend)
     found = spread(x, average, backend)
-    rstd = found.rstd(epsilon(eps, x.dtype, backend), backend)
+    rstd = found.rstd(eps, backend)
     if scale_after_cast:
         y = cast(found.values * rstd, dtype, backend)
         return y if scale is None else y * cast(scale, dtype, backend)
@@ -80,11 +95,31 @@ def normalize(
     is large. Everything given broadcasts against ``x``; weights and dtype as above.
     """
     dtype = x.dtype if dtype is None else dtype
+    if weights is not None:
+        # What counts is computed as it is without a mask, to the last bit.
+        x = select(x, weights, backend)
+        y = normalize(x, mean, variance, scale, bias, eps=eps, dtype=dtype, backend=backend)
+        rest = backend.xp.zeros_like(y) if bias is None else cast(bias, y.dtype, backend)
+        return backend.xp.where(weights > 0, y, rest)
+    fast = backend.normalize(x, mean, variance, scale, bias, eps, dtype)
+    if fast is not None:
+        return fast
     compute = backend.statistics_dtype(x.dtype, mean.dtype, variance.dtype)
     centred = cast(x, compute, backend) - cast(mean, compute, backend)
-    centred = select(centred, weights, backend)
     rstd = 1 / backend.xp.sqrt(cast(variance, compute, backend) + eps)
     return _affine(centred, rstd, scale, bias, dtype, backend)
+
+
+def _whole(
+    x: Array, axes: Axes, weights: Array | None, backend: Backend
+) -> tuple[Array, Array | None]:
+    """Values whose groups count as a whole or not at all need no weights: zeros come out as bias.
+
+    So what counts is computed as it is without a mask, to the last bit.
+    """
+    if weights is None or any(weights.shape[axis] != 1 for axis in axes):
+        return x, weights
+    return select(x, weights, backend), None
 
 
 def _affine(

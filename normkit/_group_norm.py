@@ -164,6 +164,8 @@ def apply_group_norm(
         return with_rank(backend.split(p, 0, groups), (axis, axis + 1), ndim + 1, backend)
 
     if weights is not None:
+        if weights.shape[axis] is None:  # one for all channels, or one each: known when it runs
+            weights = weights + backend.xp.zeros_like(x, dtype=weights.dtype)
         shared = weights.shape[axis] == 1
         weights = backend.split(weights, axis, 1 if shared else groups)
     y, _ = standardize(
@@ -224,8 +226,8 @@ def group_norm(
     _checks.values_per_group(group_size(x, num_groups, backend), "group_norm")
     return apply_group_norm(
         x,
-        _checks.parameter(scale, shape, "scale", backend),
-        _checks.parameter(bias, shape, "bias", backend),
+        _checks.parameter(scale, x, shape, "scale", backend),
+        _checks.parameter(bias, x, shape, "bias", backend),
         groups=num_groups,
         axis=channel,
         eps=eps,

@@ -190,8 +190,8 @@ def instance_norm(
     _checks.values_per_group(backend.size(x, positions), "instance_norm")
     y, _ = apply_batch_norm(
         x,
-        _checks.parameter(scale, shape, "scale", backend),
-        _checks.parameter(bias, shape, "bias", backend),
+        _checks.parameter(scale, x, shape, "scale", backend),
+        _checks.parameter(bias, x, shape, "bias", backend),
         {},
         axis=channel,
         apart=(0,),

@@ -186,8 +186,8 @@ def layer_norm(
     shape = tuple(x.shape[axis] for axis in reduced)
     return apply_layer_norm(
         x,
-        _checks.parameter(scale, shape, "scale", backend),
-        _checks.parameter(bias, shape, "bias", backend),
+        _checks.parameter(scale, x, shape, "scale", backend),
+        _checks.parameter(bias, x, shape, "bias", backend),
         axes=reduced,
         eps=eps,
         weights=_checks.weights_for(x, mask, reduced[-1] if reduced else None, backend),

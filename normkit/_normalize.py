@@ -48,7 +48,7 @@ def normalize(
     ready = {}
     for name, array in given.items():
         if array is not None:
-            array = _checks.same_library(array, name, backend)
+            array = _checks.same_library(array, x, name, backend)
             _checks.floating(array, backend, name)
             _checks.broadcasts(array, x, name)
             for _ in range(ndim - len(array.shape)):

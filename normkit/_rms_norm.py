@@ -205,7 +205,7 @@ def rms_norm(
     shape = tuple(x.shape[axis] for axis in reduced)
     return apply_rms_norm(
         x,
-        _checks.parameter(scale, shape, "scale", backend),
+        _checks.parameter(scale, x, shape, "scale", backend),
         axes=reduced,
         eps=eps,
         weights=_checks.weights_for(x, mask, reduced[-1] if reduced else None, backend),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from normkit import _checks
 from normkit._backend import Array, Backend, DType, Namespace, is_array
@@ -14,6 +14,11 @@ class Remembering(Definition):
     """A layer that may remember ``mean`` and ``var``, and counts the batches behind them."""
 
     track_running_stats: bool
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        if "momentum" in options:
+            raise _checks.no_momentum(options["momentum"])
+        return super().__new__(cls)
 
     def _initial_state(self, xp: Namespace, dtype: DType, place: dict[str, Any]) -> State:
         if not self.track_running_stats:
@@ -66,7 +71,11 @@ def updated(
     for name, value in found.items():
         old = state[name]
         value = cast(xp.reshape(value, old.shape), dtype, backend)
-        value = keep * cast(old, dtype, backend) + (1 - keep) * value
+        # An infinite variance that nothing is kept of, or added of, leaves no NaN.
+        if decay is None or 0 < decay < 1:
+            value = keep * cast(old, dtype, backend) + (1 - keep) * value
+        elif decay:
+            value = old
         value = cast(value, old.dtype, backend)
         if is_array(enough):
             moved = xp.reshape(enough, old.shape) if len(enough.shape) else enough

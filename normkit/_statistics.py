@@ -17,7 +17,6 @@ with the mean nor with the number of values.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,7 +85,7 @@ class Moments(NamedTuple):
         """
         backend = backend_of(self.mean)
         for name, array in (("the other mean", other.mean), ("the other variance", other.variance)):
-            _checks.same_library(array, name, backend)
+            _checks.same_library(array, self.mean, name, backend)
             _checks.same_shape(array, self.mean, name)
         a, b = self.count, other.count
         if is_array(a) and is_array(b) and a.dtype != b.dtype:
@@ -214,34 +213,47 @@ def centre(
     rest = average(shifted)
     found = spread(select(shifted - rest, weights, backend), average, backend)
     mean, remainder = _two_sum(rough_mean, rest)
-    variance = found.variance
-    if is_array(found.per_unit):
-        variance = variance / found.per_unit / found.per_unit
-    return found, Moments(count, mean, variance, remainder)
+    return found, Moments(count, mean, _in_units_of_x(found, backend), remainder)
 
 
 def spread(values: Array, average: Average, backend: Backend) -> Centred:
     """How far ``values`` lie from zero.
 
-    Squares that would overflow are taken in another unit, a power of two: nothing is rounded.
+    Where squares would overflow, or the powers of the variance that derivatives are made of, the
+    values are taken in another unit, a power of two.
     """
     xp = backend.xp
-    squares = values * values
-    rough = backend.constant(average(squares))
-    finite = rough < math.inf
-    per_unit: Array | float = 1.0
-    if not (backend.is_visible(finite) and bool(xp.all(finite))):
-        one = xp.ones_like(rough)
-        per_unit = xp.where(finite, one, one * _SMALL[rough.dtype == xp.float32])
-        rough = xp.where(finite, rough, xp.zeros_like(rough))
-        values = values * per_unit
+    with backend.quiet():
         squares = values * values
+        rough = backend.constant(average(squares))
+        large, per_unit_of_large = _LARGE[rough.dtype == xp.float32]
+        usual = rough < large
+        per_unit: Array | float = 1.0
+        if not (backend.is_visible(usual) and bool(xp.all(usual))):
+            one = xp.ones_like(rough)
+            per_unit = xp.where(usual, one, one * per_unit_of_large)
+            rough = xp.where(usual, rough, xp.zeros_like(rough))
+            values = values * per_unit
+            squares = values * values
     return Centred(values, rough + average(squares - rough), per_unit)
 
 
-# Of float64 and of float32: any number times this has a finite square, and one whose own square was
-# not finite has a square far from zero.
-_SMALL = (2.0**-768, 2.0**-96)
+# Of float64 and of float32: the variance from which on there is another unit, and what values are
+# multiplied by to be in it. Their squares are then finite, and far from zero.
+_LARGE = ((2.0**640, 2.0**-640), (2.0**80, 2.0**-80))
+
+
+def _in_units_of_x(found: Centred, backend: Backend) -> Array:
+    """The variance, infinite where it is no number of this dtype."""
+    if not is_array(found.per_unit):
+        return found.variance
+    xp = backend.xp
+    usual = found.per_unit == 1
+    # Not divided twice by the unit: a compiler would divide once, by a square that is zero.
+    one = xp.ones_like(found.variance)
+    deviation = xp.sqrt(xp.where(usual, one, found.variance)) / found.per_unit
+    with backend.quiet():
+        return xp.where(usual, found.variance, deviation * deviation)
 
 
 def select(a: Array, weights: Array | None, backend: Backend) -> Array:
@@ -259,14 +271,14 @@ def averaging(
     """
     if weights is None:
         count = backend.size(x, axes)
-        factor = _ratio(1, count, x.dtype, backend)
-        return count, lambda a: backend.total(a, axes) * factor
+        divisor = _positive(count, x.dtype, backend)
+        return count, lambda a: backend.total(a, axes) / divisor
     weights = weights + backend.xp.zeros_like(x)
     total = backend.total(weights, axes)
-    factor = _ratio(1, total, x.dtype, backend)
+    divisor = _positive(total, x.dtype, backend)
     if adjoint:
-        return total, lambda a: weights * (backend.total(a, axes) * factor)
-    return total, lambda a: backend.total(a * weights, axes) * factor
+        return total, lambda a: weights * (backend.total(a, axes) / divisor)
+    return total, lambda a: backend.total(a * weights, axes) / divisor
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -277,10 +289,20 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 def _ratio(part: Count, count: Count, dtype: DType, backend: Backend) -> Any:
     """``part / count``, and zero where ``count`` is zero."""
+    divisor = _positive(count, dtype, backend)
+    return (cast(part, dtype, backend) if is_array(part) else part) / divisor
+
+
+def _positive(count: Count, dtype: DType, backend: Backend) -> Any:
+    """``count`` as a divisor: of nothing there is nothing to divide.
+
+    Sums are divided, not multiplied by a reciprocal that has been rounded: equal values have
+    themselves as their mean.
+    """
     if not is_array(count):
-        return part / count if count else 0.0
+        return (count if count else 1) / 1  # a float: integers may be too large for a library
     positive = backend.xp.where(count > 0, count, backend.xp.ones_like(count))
-    return (cast(part, dtype, backend) if is_array(part) else part) / cast(positive, dtype, backend)
+    return cast(positive, dtype, backend)
 
 
 def cast(x: Array, dtype: DType, backend: Backend) -> Array:

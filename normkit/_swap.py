@@ -19,7 +19,7 @@ def nothing(which: str, model: object) -> None:
 def not_native(name: str, options: str) -> ValueError:
     """A layer that the framework's own class cannot stand for."""
     msg = (
-        f"{name!r} has {options}, which the framework's own layer has not; nothing was changed. "
-        f"Exchange the other layers one by one, or keep this model as it is."
+        f"{name!r} has {options}, for which there is no native layer; nothing was changed. Leave "
+        f"out the option, or exchange parts of the model."
     )
     return ValueError(msg)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import normkit as nk
+import normkit.numpy
 
 X = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
 # Over an x of shape (4, 6, 5), and the index of all values that share statistics with x[2, 1, 3].
@@ -26,7 +27,7 @@ def applied(kind, name, x, **options):
     """The result and the new state, in training, as NumPy arrays."""
     d, _ = LAYERS[name]
     params, state = d.init(xp=kind.xp)
-    with np.errstate(all="ignore"):
+    with np.errstate(invalid="ignore"):
         y, state = d.apply(params, state, kind.make(x), **({"training": True} | options))
         return np.asarray(y), {key: np.asarray(value) for key, value in state.items()}
 
@@ -40,13 +41,14 @@ def test_what_is_not_finite_stays_in_its_group(kind, name, value):
     want, clean = applied(kind, name, X)
     group = np.zeros(X.shape, bool)
     group[LAYERS[name][1]] = True
-    np.testing.assert_array_equal(y[~group], want[~group])
+    np.testing.assert_allclose(y[~group], want[~group], rtol=0, atol=1e-6)
     if name == "rms" and np.isinf(value):
         # Divided by an infinite root mean square, the others are zero.
         group = np.arange(X.size).reshape(X.shape) == np.ravel_multi_index((2, 1, 3), X.shape)
     assert not np.any(np.isfinite(y[group]))
     for key in state.keys() - {"count"}:
-        np.testing.assert_array_equal(np.delete(state[key], 1), np.delete(clean[key], 1))
+        others = [np.delete(s[key], 1) for s in (state, clean)]
+        np.testing.assert_allclose(*others, rtol=0, atol=1e-6)
         assert not np.isfinite(state[key][1])
 
 
@@ -63,11 +65,56 @@ def test_any_scale(kind, name, size):
 
 
 def test_the_variance_of_huge_values_is_infinite(kind):
-    with np.errstate(over="ignore"):
-        mean, var = nk.moments(kind.make(np.array([[1e30], [3e30]], np.float32)), 0)
-        mean, var = np.asarray(mean), np.asarray(var)
+    mean, var = nk.moments(kind.make(np.array([[1e30], [3e30]], np.float32)), 0)
+    mean, var = np.asarray(mean), np.asarray(var)
     np.testing.assert_allclose(mean, [2e30], rtol=1e-6)
     assert var == np.inf
+
+
+def test_a_variance_whose_sum_is_no_number(kind):
+    """Nor a compiled function takes the square of its unit for zero."""
+    x = (1e18 * np.random.default_rng(0).normal(size=(10_000, 2))).astype(np.float32)
+    want = x.astype(np.float64).var(0)
+    functions = [lambda a: nk.moments(a, 0)[1]]
+    if kind.name == "jax":
+        functions.append(kind.xp.vectorize(functions[0], signature="(n,c)->(c)"))
+        functions.append(__import__("jax").jit(functions[0]))
+    if kind.name == "tensorflow":
+        functions.append(kind.xp.function(functions[0], jit_compile=True))
+    for f in functions:
+        np.testing.assert_allclose(np.asarray(f(kind.make(x))), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e9, 1e15, 1e18, 5e18, 1e19, 1e25, 1e30])
+@pytest.mark.parametrize("f", [nk.layer_norm, nk.rms_norm], ids=lambda f: f.__name__)
+def test_derivatives_at_any_scale(kind, f, size):
+    """Before squares overflow, powers of the variance underflow."""
+    x = (size * np.random.default_rng(0).normal(size=(4, 16))).astype(np.float32)
+    u = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+    layer = nk.numpy.layer(nk.LayerNorm(16) if f is nk.layer_norm else nk.RMSNorm(16, eps=1e-6))
+    layer.params = {name: p.astype(np.float64) for name, p in layer.params.items()}
+    layer(x.astype(np.float64), training=True)
+    want = layer.backward(u.astype(np.float64))
+    got = gradient(kind, f, x, u)
+    if got is not None:
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+def gradient(kind, f, x, u):
+    """Of sum(f(x) * u), where the library has one."""
+    x, u = kind.make(x), kind.make(u)
+    if kind.name == "torch":
+        x.requires_grad_()
+        (f(x) * u).sum().backward()
+        return x.grad.numpy()
+    if kind.name == "jax":
+        return np.asarray(__import__("jax").grad(lambda a: (f(a) * u).sum())(x))
+    if kind.name == "tensorflow":
+        with kind.xp.GradientTape() as tape:
+            tape.watch(x)
+            y = f(x)
+        return tape.gradient(y, x, output_gradients=u).numpy()
+    return None
 
 
 @every
@@ -91,14 +138,20 @@ def test_eps_extremes(kind, name, eps):
     np.testing.assert_allclose(np.asarray(y), want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("n", [5, 100, 1000])
+@pytest.mark.parametrize("value", [0.1, 1e5, 123456789.0])
 @every
-def test_constant_values_come_out_as_zero(kind, name):
-    x = np.full(X.shape, 1e5, np.float32)
-    y, _ = applied(kind, name, x)
+def test_constant_values_come_out_as_zero(kind, name, value, n):
+    """They are their own mean, however many there are."""
+    d, _ = LAYERS[name]
+    if isinstance(d, nk.LayerNorm | nk.RMSNorm):
+        d = replace(d, shape=n)
+    x = np.full((4, 6, n), value, np.float32)
+    y = np.asarray(d.apply(*d.init(xp=kind.xp), kind.make(x), training=True)[0])
     if name == "rms":
-        np.testing.assert_allclose(y, 1, rtol=1e-6)
+        np.testing.assert_allclose(y, x / np.sqrt(x.astype(float) ** 2 + 2.0**-23), rtol=1e-6)
     else:
-        np.testing.assert_array_equal(y, 0)
+        np.testing.assert_allclose(y, 0, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_nothing_to_exchange_is_a_warning():
 )
 def test_what_no_native_layer_has_is_not_reverted(name, options, text):
     model = nnx.List([nkx.LayerNorm(4, rngs=nnx.Rngs(0)), build(name, nkx, **options)])
-    sentence = f"'1' has {text}, which the framework's own layer has not; nothing was changed."
+    sentence = f"'1' has {text}, for which there is no native layer; nothing was changed."
     with pytest.raises(ValueError, match=re.escape(sentence)):
         nkx.revert(model)
     assert type(model[0]) is nkx.LayerNorm

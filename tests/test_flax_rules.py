@@ -323,7 +323,7 @@ def test_refusals():
     )
     one = (
         "BatchNorm in training needs more than one value per channel, but got one: its variance "
-        "is not defined. Use a larger batch, or training=False."
+        "is not defined. Use a larger batch, or the running statistics."
     )
     axes = "nk.BatchNorm has one channel axis, but the layer has axes (1, 2); no definition descri"
     apart = (

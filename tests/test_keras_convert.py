@@ -284,7 +284,7 @@ def test_what_is_not_native_does_not_revert(options):
     norm.name = "norm"
     model = keras.Sequential([keras.Input((5, 4)), GROUP[1](2), norm])
     expected = model(X)
-    sentence = f"'norm' has {options}, which the framework's own layer has not; nothing was changed"
+    sentence = f"'norm' has {options}, for which there is no native layer; nothing was changed"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         nkk.revert(model)
     assert type(model.layers[0]) is GROUP[1]

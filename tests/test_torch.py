@@ -170,7 +170,8 @@ def test_compiles_as_one_graph(momentum, training, dynamic):
         y, w = compiled(x), eager(z)
         (y**2).sum().backward()
         (w**2).sum().backward()
-        assert_same([y.detach(), x.grad, *layer.buffers()], [w.detach(), z.grad, *eager.buffers()])
+        assert_same([y.detach(), *layer.buffers()], [w.detach(), *eager.buffers()])
+        assert_same([x.grad], [z.grad], 4e-6)  # terms that cancel
 
 
 def test_layer_norm_compiles_as_one_graph():

@@ -200,11 +200,11 @@ def test_nothing_to_exchange():
         (lambda t: t.BatchNorm2d(3, axis=-1), "axis=-1"),
         (lambda t: t.BatchNorm2d(3, correction=0), "correction=0"),
         (lambda t: t.BatchNorm2d(3, scale=False), "scale=False"),
-        (lambda t: t.BatchNorm(3), "any rank"),
+        (lambda t: t.BatchNorm(3), "no rank of its own"),
         (lambda t: t.GroupNorm(3, 3, axis=2), "axis=2"),
         (lambda t: t.GroupNorm(3, 3, scale=False), "scale=False"),
         (lambda t: t.InstanceNorm1d(3, correction=0), "correction=0"),
-        (lambda t: t.InstanceNorm(3), "any rank"),
+        (lambda t: t.InstanceNorm(3), "no rank of its own"),
         (lambda t: t.LayerNorm(3, axes=(1,)), r"axes=\(1,\)"),
         (lambda t: t.LayerNorm(3, scale=False), "scale=False"),
         (lambda t: t.RMSNorm(3, axes=(1,)), r"axes=\(1,\)"),
@@ -216,7 +216,7 @@ def test_options_that_no_native_layer_has(layer, said):
     """Nothing is changed then, whatever stands before the layer."""
     model = nn.Sequential(nk.torch.BatchNorm2d(3), nn.Sequential(layer(nk.torch)))
     before = kinds(model)
-    with pytest.raises(ValueError, match=f"'1.0' has {said}, which the framework's own layer"):
+    with pytest.raises(ValueError, match=f"'1.0' has {said}, for which there is no native"):
         revert(model)
     assert kinds(model) == before
 

@@ -121,7 +121,7 @@ def test_what_is_not_finite_stays_in_its_group(name, value):
     x[1, 2, 3] = value
     for layer, before in zip(both(name), clean, strict=True):
         y = layer(x)
-        spoilt = ~y.isfinite() | (y != before)
+        spoilt = ~y.isfinite() | ((y - before).abs() > 1e-5)
         want = torch.zeros(4, 6, 7, dtype=torch.bool)
         group = {
             "BatchNorm1d": np.s_[:, 2],
@@ -154,7 +154,7 @@ def test_any_size_of_eps(name, eps):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-6 * float(b.abs().max()))
     constant = layer(torch.full((4, 6, 7), 3.0))
     assert constant.isfinite().all()
-    assert name == "RMSNorm" or not constant.any()
+    assert name == "RMSNorm" or constant.abs().max() < 1e-12
 
 
 def test_eps_of_a_batch_norm_as_native():

@@ -21,9 +21,9 @@ class InstanceNormalization(Masked, keras.layers.GroupNormalization):
     """Instance normalization: each channel of each sample by itself.
 
     Keras has no such layer but ``GroupNormalization(groups=-1)``: this is one, with the same
-    arguments, weights and results, and may remember statistics as ``BatchNormalization`` does. A
-    mask, also one that Keras propagates, keeps padding out of the statistics, and masked positions
-    come out as ``beta``.
+    arguments, results and order of weights, and may remember statistics as ``BatchNormalization``
+    does. A mask, also one that Keras propagates, keeps padding out of the statistics, and masked
+    positions come out as ``beta``.
 
     Args:
         axis, epsilon, center, scale: as in ``keras.layers.GroupNormalization``, and so are the
@@ -129,16 +129,14 @@ class InstanceNormalization(Masked, keras.layers.GroupNormalization):
         """Normalize ``inputs``; ``mask`` says which values count (see ``nk.InstanceNorm.apply``).
 
         Unless it is given, it is the one that came with the input, which belongs to its first axes.
-        It plays no part where the moving statistics are used.
+        It leaves out what it names where the moving statistics are used as well.
         """
         x, backend = real_tensor(inputs, self.compute_dtype)
         axis = self.axis % len(x.shape)
         weights = _masks.weights(inputs, mask, x, axis, backend)
         moving = _moving.of(self)
         training = bool(moving and training and self.trainable)
-        if moving and not training:
-            weights = None
-        elif self.num_features is not None:
+        if self.num_features is not None and (training or not moving):
             positions = tuple(a for a in range(1, len(x.shape)) if a != axis)
             _checks.values_per_group(backend.size(x, positions), "InstanceNorm")
         state = {name: tensor(variable) for name, variable in moving.items()}

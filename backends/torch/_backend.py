@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import array_api_compat.torch as xp
 import torch
 
 from normkit import _arrays
-from normkit._backend import Array, Backend
+from normkit._backend import Array, Backend, DType
+
+try:
+    from . import _kernels
+except ImportError:  # the plain engine does as well, slower
+    _kernels = None
 
 
 class TorchBackend(Backend):
+    def check(self, x: Array) -> None:
+        if not isinstance(x, torch.Tensor):
+            msg = (
+                f"a layer of normkit.torch takes a torch.Tensor, but got a {type(x).__name__}; "
+                f"convert it first, for example with torch.as_tensor(x)."
+            )
+            raise TypeError(msg)
+
+    def asarray(self, a: Any, x: Array) -> Array:
+        return a if isinstance(a, torch.Tensor) else torch.as_tensor(a, device=x.device)
+
     def total(self, x: Array, axes: tuple[int, ...]) -> Array:
         # PyTorch adds up in a tree.
         return xp.sum(x, axis=axes, keepdims=True)
@@ -22,6 +40,44 @@ class TorchBackend(Backend):
             # See Backend.constant: a multiplication is not fused into a subtraction through this.
             x = torch.where(x > -torch.inf, x, torch.nan)
         return x.detach()
+
+    def standardize(
+        self,
+        x: Array,
+        axes: tuple[int, ...],
+        scale: Array | None,
+        bias: Array | None,
+        eps: float,
+        remember: bool,
+        dtype: DType,
+    ) -> tuple[Array, Array | None, Array | None] | None:
+        if not self._has_kernels(x, dtype):
+            return None
+        return _kernels.standardize(x, axes, scale, bias, eps, remember)
+
+    def normalize(
+        self,
+        x: Array,
+        mean: Array,
+        variance: Array,
+        scale: Array | None,
+        bias: Array | None,
+        eps: float,
+        dtype: DType,
+    ) -> Array | None:
+        if not self._has_kernels(x, dtype):
+            return None
+        return _kernels.normalize(x, mean, variance, scale, bias, eps)
+
+    def rescale(
+        self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType
+    ) -> Array | None:
+        if not self._has_kernels(x, dtype):
+            return None
+        return _kernels.rescale(x, axes, scale, eps)
+
+    def _has_kernels(self, x: Array, dtype: DType) -> bool:
+        return _kernels is not None and self.is_visible(x) and _kernels.fit(x, dtype)
 
     def is_visible(self, x: Array) -> bool:
         # A fake tensor is of another type; one inside vmap, jvp, make_fx or a trace is not.

@@ -27,11 +27,15 @@ class _Exact(_BatchNorm):
         """Normalize ``input``; ``mask`` says which values count (see ``nk.BatchNorm.apply``)."""
         if traced(input):
             return leaf(self, input, mask)
+        _checks.floating(input, BACKEND)
         self._check_input_dim(input)
         axis = self._check_input(input)
         state = {}
         if self.running_mean is not None and (self.track_running_stats or not self.training):
             state = state_of(self)
+        decay = None if self.momentum is None else 1 - self.momentum
+        if decay is None and "count" not in state:
+            decay = 1.0  # as natively: without a counter there is no cumulative average
         y, new = apply_batch_norm(
             input,
             self.weight,
@@ -39,7 +43,7 @@ class _Exact(_BatchNorm):
             state,
             axis=axis,
             eps=self.eps,
-            decay=None if self.momentum is None else 1 - self.momentum,
+            decay=decay,
             correction=self.correction,
             training=self.training,
             weights=_checks.weights_for(input, mask, axis, BACKEND),
@@ -49,7 +53,6 @@ class _Exact(_BatchNorm):
         return y
 
     def _check_input(self, x: Tensor) -> int:
-        _checks.floating(x, BACKEND)
         (axis,) = _checks.axes_in_range(self.axis, x.ndim)
         _checks.lengths(x, (axis,), (self.num_features,), self)
         own = self.training or self.running_mean is None

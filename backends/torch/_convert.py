@@ -47,7 +47,8 @@ def convert(model: nn.Module) -> nn.Module:
     A layer stays the object that it is, with its parameters, buffers, hooks, training flag, device
     and dtype, so optimizers, shared layers and averaged copies go on as they were. Only exact
     instances of PyTorch's classes are exchanged, not those of subclasses (``SyncBatchNorm``,
-    parametrized layers). :func:`revert` undoes it.
+    parametrized layers). An InstanceNorm with ``momentum=None``, which PyTorch never updates, takes
+    the cumulative average from then on. :func:`revert` undoes it.
 
     Args:
         model: any module; it may itself be a normalization layer.
@@ -99,11 +100,12 @@ def revert(model: nn.Module) -> nn.Module:
             f"{option}={getattr(layer, option)!r}"
             for option, usual in _ADDED.items()
             if getattr(layer, option, usual) != usual
+            and not (option == "axes" and layer.axes == tuple(range(-len(layer.axes), 0)))
         ]
         if getattr(layer, "weight", 0) is None and getattr(layer, "bias", None) is not None:
             options.append("scale=False")
         if type(layer) not in _NATIVE:
-            options.append("any rank")
+            options.append("no rank of its own, as BatchNorm1d, 2d and 3d have")
         if options:
             raise _swap.not_native(name or type(layer).__name__, ", ".join(options))
     for layer in found:

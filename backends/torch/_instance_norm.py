@@ -28,8 +28,8 @@ class _Exact(_InstanceNorm):
         """Normalize ``input``; ``mask`` says which values count (see ``nk.InstanceNorm.apply``)."""
         if traced(input):
             return leaf(self, input, mask)
-        self._check_input_dim(input)
         _checks.floating(input, BACKEND)
+        self._check_input_dim(input)
         if input.ndim == self._get_no_batch_dim():
             mask = None if mask is None else mask.unsqueeze(0)
             return self.forward(input.unsqueeze(0), mask=mask).squeeze(0)

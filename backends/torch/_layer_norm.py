@@ -14,7 +14,7 @@ from normkit._layer_norm import apply_layer_norm
 
 from ._autocast import result_dtype
 from ._backend import BACKEND
-from ._leaf import leaf, traced
+from ._leaf import leaf, nested, traced
 
 
 class LayerNorm(nn.LayerNorm):
@@ -47,13 +47,12 @@ class LayerNorm(nn.LayerNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        axes: Sequence[int] | None = None,
+        axes: int | Sequence[int] | None = None,
         scale: bool = True,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         if axes is not None:
-            _checks.one_axis_each(self.normalized_shape, tuple(axes))
-            self.axes = tuple(axes)
+            _, self.axes = _checks.shape_and_axes(self.normalized_shape, axes)
         if not scale:
             self.register_parameter("weight", None)
 
@@ -66,6 +65,8 @@ class LayerNorm(nn.LayerNorm):
         """Normalize ``input``; ``mask`` says which values count (see ``nk.LayerNorm.apply``)."""
         if traced(input):
             return leaf(self, input, mask)
+        if nested(input, self, mask):
+            return super().forward(input)
         _checks.floating(input, BACKEND)
         axes = _checks.axes_in_range(self._axes(), input.ndim)
         _checks.lengths(input, axes, self.normalized_shape, self)

@@ -1,4 +1,4 @@
-"""What symbolic tracing finds in place of a layer."""
+"""Inputs that are no plain tensors: what symbolic tracing finds, and nested tensors."""
 
 from __future__ import annotations
 
@@ -20,3 +20,16 @@ def leaf(layer: nn.Module, x: Any, mask: Any) -> Any:
     """
     path = x.tracer.path_of_module(layer)
     return x.tracer.create_proxy("call_module", path, (x,), {} if mask is None else {"mask": mask})
+
+
+def nested(x: Tensor, layer: Any, mask: Tensor | None) -> bool:
+    """Whether ``x`` is a nested tensor, which only PyTorch's own layers can take."""
+    if not x.is_nested:
+        return False
+    if mask is not None or layer.axes is not None or getattr(layer, "zero_centered", False):
+        msg = (
+            "a nested tensor is normalized by PyTorch's own layer, which has no mask and no "
+            "options of normkit's; pad it first, with x.to_padded_tensor(0.0), and give a mask."
+        )
+        raise TypeError(msg)
+    return True

@@ -48,7 +48,14 @@ def definition(layer: nn.Module) -> Definition:
 
     Raises:
         TypeError: ``layer`` is none that normkit knows.
+        ValueError: it is lazy, and has seen no input yet.
     """
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        msg = (
+            f"a {type(layer).__name__} learns its number of channels from its first input, so its "
+            f"definition is not known yet; call it once first."
+        )
+        raise ValueError(msg)
     for _, native, module in _FAMILY:
         if isinstance(layer, native):
             return module.describe(layer)

@@ -14,7 +14,7 @@ from normkit._rms_norm import apply_rms_norm
 
 from ._autocast import result_dtype
 from ._backend import BACKEND
-from ._leaf import leaf, traced
+from ._leaf import leaf, nested, traced
 
 
 class RMSNorm(nn.RMSNorm):
@@ -46,14 +46,13 @@ class RMSNorm(nn.RMSNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        axes: Sequence[int] | None = None,
+        axes: int | Sequence[int] | None = None,
         zero_centered: bool = False,
         scale_after_cast: bool = False,
     ) -> None:
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         if axes is not None:
-            _checks.one_axis_each(self.normalized_shape, tuple(axes))
-            self.axes = tuple(axes)
+            _, self.axes = _checks.shape_and_axes(self.normalized_shape, axes)
         self.zero_centered = zero_centered
         self.scale_after_cast = scale_after_cast
         self.reset_parameters()
@@ -66,6 +65,8 @@ class RMSNorm(nn.RMSNorm):
         """Normalize ``x``; ``mask`` says which values count (see ``nk.RMSNorm.apply``)."""
         if traced(x):
             return leaf(self, x, mask)
+        if nested(x, self, mask):
+            return super().forward(x)
         _checks.floating(x, BACKEND)
         axes = _checks.axes_in_range(self._axes(), x.ndim)
         _checks.lengths(x, axes, self.normalized_shape, self)

@@ -226,13 +226,13 @@ CASES = {
         lambda: bn(X[:1, :, :1], training=True),
         ValueError,
         "BatchNorm in training needs more than one value per channel, but got one: its variance is "
-        "not defined. Use a larger batch, or training=False.",
+        "not defined. Use a larger batch, or the running statistics.",
     ),
     "one value to a function": (
         lambda: nk.batch_norm(X[:1, :, :1]),
         ValueError,
         "BatchNorm in training needs more than one value per channel, but got one: its variance is "
-        "not defined. Use a larger batch, or training=False.",
+        "not defined. Use a larger batch, or the running statistics.",
     ),
     "mask": (
         lambda: bn(training=True, mask=np.ones((4, 3), bool)),
@@ -294,6 +294,13 @@ CASES = {
         lambda: nk.numpy.definition(3),
         TypeError,
         "a definition can be read from a normalization layer, but got a builtins.int.",
+    ),
+    "momentum": (
+        lambda: nk.BatchNorm(3, momentum=0.1),
+        TypeError,
+        "there is no momentum, which means opposite things in different frameworks, but got "
+        "momentum=0.1; give decay, the share of the running statistics that a step keeps: "
+        "1 - momentum of PyTorch, momentum of Keras and Flax.",
     ),
     "groups": (
         lambda: nk.GroupNorm(4, 6),

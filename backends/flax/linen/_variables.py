@@ -39,7 +39,8 @@ def running(layer: Any, shape: Sequence[int]) -> dict[str, nn.Variable[Any]]:
         "var": layer.variable("batch_stats", "var", jnp.ones, shape, dtype),
     }
     for name, variable in found.items():
-        _checks.parameter(variable.value, tuple(shape), name, BACKEND)
+        value = variable.value
+        _checks.parameter(value, value, tuple(shape), name, BACKEND)
     if layer.momentum is None:
         found["count"] = layer.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
     return found
