@@ -75,7 +75,7 @@ def test_the_family_in_one_graph_for_every_batch_size(training, masked):
         if masked:
             mask = data((n, 1, 5, 6), 1) > -0.5
             x = torch.where(mask, x, torch.nan)
-        compare(eager, compiled, x, mask, atol=1e-5)
+        compare(eager, compiled, x, mask, atol=5e-5)  # sums that are zero
         graphs.add(counter.frame_count)
     assert len(graphs) == 1  # the first one serves
 
