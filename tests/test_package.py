@@ -96,3 +96,12 @@ def test_types_are_shipped(python, tmp_path):
         "print((pathlib.Path(normkit.__file__).parent / 'py.typed').is_file())"
     )
     assert run(python, "-c", code, cwd=tmp_path).strip() == "True"
+
+
+def test_in_a_checkout_the_adapters_are_found(python, tmp_path):
+    """What is installed stands behind the folder that Python is started in."""
+    code = "import normkit.numpy; print(normkit.__file__, normkit.numpy.__file__)"
+    assert run(python, "-c", code, cwd=ROOT).split() == [
+        str(ROOT / "normkit" / "__init__.py"),
+        str(ROOT / "backends" / "numpy" / "__init__.py"),
+    ]

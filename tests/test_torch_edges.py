@@ -240,3 +240,71 @@ def test_layouts_of_memory(name):
         assert_same([layer(other).detach()], [want], 1e-13)
     spread = x[:1].expand(3, *x.shape[1:])
     assert_same([layer(spread).detach()], [layer(spread.contiguous()).detach()], 1e-13)
+
+
+@pytest.mark.parametrize("x", [np.ones((4, 6, 7), np.float32), [1.0] * 7], ids=["numpy", "list"])
+@each_own
+def test_what_is_no_tensor(name, x):
+    with pytest.raises(TypeError) as raised:
+        getattr(T, name)(*OWN[name])(x)
+    assert str(raised.value) == (
+        f"a layer of normkit.torch takes a torch.Tensor, but got a {type(x).__name__}; convert it "
+        f"first, for example with torch.as_tensor(x)."
+    )
+
+
+@pytest.mark.parametrize("cls", [T.LayerNorm, T.RMSNorm])
+def test_one_axis_as_a_number(cls):
+    x = data((4, 6, 7))
+    assert_same([cls(6, axes=1)(x)], [cls(6, axes=(1,))(x)], 0)
+
+
+@pytest.mark.parametrize("cls", [T.LazyBatchNorm1d, T.LazyInstanceNorm2d, nn.LazyBatchNorm3d])
+def test_a_lazy_layer_has_no_definition_yet(cls):
+    sentence = (
+        f"a {cls.__name__} learns its number of channels from its first input, so its definition "
+        f"is not known yet; call it once first."
+    )
+    with pytest.raises(ValueError, match=sentence):
+        T.definition(cls())
+
+
+def test_without_a_counter_there_is_no_cumulative_average():
+    """As natively: the statistics stay."""
+    for where in (T, nn):
+        layer = where.BatchNorm1d(3, momentum=None)
+        layer.num_batches_tracked = None
+        layer(data((8, 3)))
+        assert not layer.running_mean.any()
+
+
+def test_an_infinite_variance_is_kept_out():
+    """Zero times infinity would make the statistics NaN for good."""
+    x = data((8, 3))
+    layer = T.BatchNorm1d(3, momentum=0.0)
+    layer(x * 1e30)
+    assert (layer.running_var == 1).all()
+    layer = T.BatchNorm1d(3, momentum=1.0)
+    layer(x * 1e30)
+    layer(x)
+    assert_same([layer.running_var], [x.var(0)])
+
+
+def test_numpy_masks_come_to_where_the_input_is():
+    x = torch.ones((4, 6, 7), device="meta")
+    y = nk.layer_norm(x, np.ones(7, np.float32), mask=np.ones((4, 6), bool))
+    assert y.device.type == "meta"
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_left_to_the_native_layer(layout):
+    parts = [data((3, 7)), data((5, 7))]
+    x = torch.nested.nested_tensor(parts, layout=layout, requires_grad=layout == torch.jagged)
+    layer = T.LayerNorm(7)
+    y = layer(x)
+    assert y.is_nested
+    assert_same([a.detach() for a in y.unbind()], [layer(a).detach() for a in parts])
+    if layout == torch.jagged:
+        y.values().sum().backward()
+    with pytest.raises(TypeError, match=r"a nested tensor is normalized by PyTorch's own layer"):
+        layer(x, mask=torch.ones(2))

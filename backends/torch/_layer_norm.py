@@ -65,9 +65,9 @@ class LayerNorm(nn.LayerNorm):
         """Normalize ``input``; ``mask`` says which values count (see ``nk.LayerNorm.apply``)."""
         if traced(input):
             return leaf(self, input, mask)
+        _checks.floating(input, BACKEND)
         if nested(input, self, mask):
             return super().forward(input)
-        _checks.floating(input, BACKEND)
         axes = _checks.axes_in_range(self._axes(), input.ndim)
         _checks.lengths(input, axes, self.normalized_shape, self)
         return apply_layer_norm(

@@ -65,9 +65,9 @@ class RMSNorm(nn.RMSNorm):
         """Normalize ``x``; ``mask`` says which values count (see ``nk.RMSNorm.apply``)."""
         if traced(x):
             return leaf(self, x, mask)
+        _checks.floating(x, BACKEND)
         if nested(x, self, mask):
             return super().forward(x)
-        _checks.floating(x, BACKEND)
         axes = _checks.axes_in_range(self._axes(), x.ndim)
         _checks.lengths(x, axes, self.normalized_shape, self)
         return apply_rms_norm(
