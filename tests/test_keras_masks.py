@@ -78,7 +78,10 @@ def test_padding_is_as_good_as_cutting(ours):
         close(y[VALID], make(ours)(X[VALID], training=True))
         return
     for i, n in enumerate(VALID.sum(1)):
-        alone = numpy(make(ours)(X[i : i + 1, :n]))[0]
+        part = np.s_[i : i + 1, :n]
+        layer = make(ours)
+        layer.build(X[part].shape)
+        alone = numpy(backward(layer, X[part], UPSTREAM[part])[0])[0]
         if ours in STEPS:
             np.testing.assert_array_equal(y[i, :n], alone)
         close(y[i, :n], alone)
@@ -193,7 +196,7 @@ def test_batch_norm_in_inference_ignores_a_mask_and_others_do_not():
                 continue
             layer = make(ours, **options)
             y = numpy(Marking(layer)(X))
-            ignores = ours is nkk.BatchNormalization or bool(options)
+            ignores = ours is nkk.BatchNormalization
             assert y[~VALID].any() == ignores
             if ignores:
                 close(y, layer(X))

@@ -58,7 +58,8 @@ def standardize(
     if remember or not last:  # these give rstd, in which a variance below eps has few digits
         return None
     y = None
-    if len(kept) == 2 and _are_one_a_channel(x, given):
+    whole = all(p.shape[len(kept) :] == x.shape[len(kept) :] for p in given)
+    if len(kept) == 2 and not whole and _are_one_a_channel(x, given):
         y = _groups(x, scale, bias, eps)
     elif _lie_along(axes, given):
         y = _rows(x, axes, scale, bias, eps)
@@ -77,8 +78,10 @@ def normalize(
         return None
     if _second(x, long[0]) is None:
         return None
-    if not _all(mean * mean <= _KERNEL**2 * (variance + eps)):
-        x, mean = x - mean, torch.zeros_like(mean)
+    near = mean * mean <= _KERNEL**2 * (variance + eps)
+    if not _all(near):
+        offset = _unless(near, mean)
+        x, mean = x - offset, mean - offset
     # Copies of the statistics, since a training step may change the buffers before the gradient of
     # this call is asked for.
     mean, variance = mean.clone(), variance.clone()
@@ -137,7 +140,9 @@ def _around(x: Tensor, kernel: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     mean, rstd = mean.detach(), rstd.detach()
     if not _all(rstd > 0):  # squares that are no numbers
         return None
-    return y if _all((mean * rstd).abs() <= _KERNEL) else kernel(x - mean)[0]
+    near = (mean * rstd).abs() <= _KERNEL
+    # Group by group, so that none depends on the others.
+    return y if _all(near) else kernel(x - _unless(near, mean))[0]
 
 
 def _channels(
@@ -151,8 +156,9 @@ def _channels(
     w, b = (None if p is None else p.reshape(-1) for p in (scale, bias))
     mean, variance = _moments(found.detach())
     offset: Tensor | float = 0.0
-    if not _all(mean * mean <= _SQUARES**2 * (variance + eps)):
-        offset = mean.view(shape)
+    near = mean * mean <= _SQUARES**2 * (variance + eps)
+    if not _all(near):
+        offset = _unless(near, mean).view(shape)
         found = _second(x - offset, channel)
         mean, variance = _moments(found.detach())
     if not _all(torch.isfinite(variance)):
@@ -241,6 +247,10 @@ class _Scaled(Function):
 
 def _all(condition: Tensor) -> bool:
     return bool(condition.all())
+
+
+def _unless(near: Tensor, mean: Tensor) -> Tensor:
+    return torch.where(near, torch.zeros_like(mean), mean)
 
 
 def _shape(x: Tensor, axis: int) -> Axes:
