@@ -58,10 +58,11 @@ def standardize(
     if remember or not last:  # these give rstd, in which a variance below eps has few digits
         return None
     y = None
-    whole = all(p.shape[len(kept) :] == x.shape[len(kept) :] for p in given)
+    along = _lie_along(axes, given)
+    whole = along and all(p.shape[len(kept) :] == x.shape[len(kept) :] for p in given)
     if len(kept) == 2 and not whole and _are_one_a_channel(x, given):
         y = _groups(x, scale, bias, eps)
-    elif _lie_along(axes, given):
+    elif along:
         y = _rows(x, axes, scale, bias, eps)
     return None if y is None else (y, None, None)
 
