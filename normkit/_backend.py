@@ -35,6 +35,10 @@ class Backend:
         wide = self.xp.sum(x, axis=axes, keepdims=True, dtype=self.xp.float64)
         return wide if wide.dtype == x.dtype else self.xp.astype(wide, x.dtype)
 
+    def quotient(self, total: Array, count: Any) -> Array:
+        """``total / count``, rounded once: the same whether ``count`` is known beforehand."""
+        return total / count
+
     def stop_gradient(self, x: Array) -> Array:
         """``x``, but no derivative passes through it."""
         return x

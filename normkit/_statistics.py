@@ -272,13 +272,13 @@ def averaging(
     if weights is None:
         count = backend.size(x, axes)
         divisor = _positive(count, x.dtype, backend)
-        return count, lambda a: backend.total(a, axes) / divisor
+        return count, lambda a: backend.quotient(backend.total(a, axes), divisor)
     weights = weights + backend.xp.zeros_like(x)
     total = backend.total(weights, axes)
     divisor = _positive(total, x.dtype, backend)
     if adjoint:
-        return total, lambda a: weights * (backend.total(a, axes) / divisor)
-    return total, lambda a: backend.total(a * weights, axes) / divisor
+        return total, lambda a: weights * backend.quotient(backend.total(a, axes), divisor)
+    return total, lambda a: backend.quotient(backend.total(a * weights, axes), divisor)
 
 
 def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:

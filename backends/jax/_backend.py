@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as xp
 from jax.export import is_symbolic_dim
@@ -13,6 +15,12 @@ class JaxBackend(Backend):
     def total(self, x: Array, axes: tuple[int, ...]) -> Array:
         # XLA adds up in parts, and in a tree of them.
         return xp.sum(x, axis=axes, keepdims=True)
+
+    def quotient(self, total: Array, count: Any) -> Array:
+        # XLA multiplies by the reciprocal of a number that it knows, or that is one for all.
+        return total / jax.lax.optimization_barrier(
+            xp.broadcast_to(xp.asarray(count, total.dtype), total.shape)
+        )
 
     def stop_gradient(self, x: Array) -> Array:
         return jax.lax.stop_gradient(x)
