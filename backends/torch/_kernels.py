@@ -52,7 +52,7 @@ def standardize(
     if any(p.dtype != x.dtype for p in given):
         return None
     kept = [axis for axis in range(x.ndim) if axis not in axes]
-    if len(kept) == 1 and _lie_along(kept, given):
+    if len(kept) == 1 and all(tuple(p.shape) == _shape(x, kept[0]) for p in given):
         return _channels(x, kept[0], scale, bias, eps)
     last = axes == tuple(range(x.ndim - len(axes), x.ndim)) and x.is_contiguous()
     if remember or not last:  # these give rstd, in which a variance below eps has few digits
