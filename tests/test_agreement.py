@@ -15,7 +15,8 @@ from harness.oracle import Answer
 from harness.table import BY_NAME, ROWS, Row
 
 OFFSETS = [0.0, 10.0, 1e3, 1e5]
-SPREADS = [1e-3, 1.0, 1e3]
+# (offset, spread): each of both, at least with an ordinary one of the other.
+SCALES = [(0.0, 1.0), (10.0, 1.0), (1e3, 1.0), (1e5, 1.0), (0.0, 1e-3), (1e3, 1e-3), (1e5, 1e3)]
 LAYOUTS = ["F", "strided", "channels_last"]
 LIKELY = ["bn-ncl", "bn-nhwc", "ln-last", "ln-two", "gn-nchw", "in-affine", "rms-last"]
 
@@ -62,8 +63,7 @@ def test_every_layer(backend, row):
     check(row, work, backends.runner(backend)(work), backends.differentiates(backend))
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(("offset", "spread"), SCALES)
 @pytest.mark.parametrize("name", LIKELY)
 def test_offsets_and_spreads(backend, name, offset, spread):
     work = job(BY_NAME[name], offset=offset, spread=spread)

@@ -17,8 +17,8 @@ ROWS = ["bn-ncl", "bn-nhwc", "bn-middle", "ln-last", "ln-two", "ln-channels-firs
 ROWS += ["gn-nchw", "gn-nhwc", "in-ncl", "in-affine", "in-tracking", "rms-last", "rms-two"]
 
 
-def masked(name: str, given: str, fill: float = 0.0):
-    """A job whose batches have something left out, with ``fill`` standing there."""
+def masked(name: str, given: str, fill: tuple[float, ...] = (0.0,)):
+    """A job whose batches have something left out, with the values of ``fill`` standing there."""
     row = BY_NAME[name]
     work = job(row, offset=10.0)
     rng = np.random.default_rng(3)
@@ -30,7 +30,7 @@ def masked(name: str, given: str, fill: float = 0.0):
         )
         mask = rng.integers(0, 3, shape)
         mask = mask.astype(np.float32) if given == "weights" else mask > 0
-        batches.append(np.where(mask > 0, x, np.float32(fill)))
+        batches.append(np.where(mask > 0, x, np.resize(np.float32(fill), x.shape)))
         masks.append(np.squeeze(mask, channel) if given == "broadcast" else mask)
     return row, replace(work, batches=batches, masks=masks)
 
@@ -51,12 +51,11 @@ def test_against_the_oracle(backend, name, given):
     check(row, work, got, backends.differentiates(backend))
 
 
-@pytest.mark.parametrize("fill", [np.nan, np.inf, 3e38])
 @pytest.mark.parametrize("name", ROWS)
-def test_what_is_masked_reaches_nothing(backend, name, fill):
+def test_what_is_masked_reaches_nothing(backend, name):
     """Not one bit changes, in values, gradients or state, whatever stands under the mask."""
     _, plain = masked(name, "booleans")
-    _, broken = masked(name, "booleans", fill)
+    _, broken = masked(name, "booleans", (np.nan, np.inf, 3e38, -np.inf))
     a = backends.runner(backend)(plain)
     b = backends.runner(backend)(broken)
     for key in a.keys() - {"eval"}:  # evaluated without a mask
