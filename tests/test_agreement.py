@@ -14,7 +14,7 @@ from harness.exact import Exact
 from harness.oracle import Answer
 from harness.table import BY_NAME, ROWS, Row
 
-OFFSETS = [0.0, 10.0, 1e3, 1e5]
+OFFSETS = [0.0, 1e5]
 # (offset, spread): each of both, at least with an ordinary one of the other.
 SCALES = [(0.0, 1.0), (10.0, 1.0), (1e3, 1.0), (1e5, 1.0), (0.0, 1e-3), (1e3, 1e-3), (1e5, 1e3)]
 LAYOUTS = ["F", "strided", "channels_last"]
@@ -71,11 +71,10 @@ def test_offsets_and_spreads(backend, name, offset, spread):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("offset", [0.0, 10.0])
 @pytest.mark.parametrize("name", LIKELY)
-def test_dtypes(backend, name, dtype, offset):
+def test_dtypes(backend, name, dtype):
     if dtype in backends.dtypes(backend):
-        work = job(BY_NAME[name], dtype=dtype, offset=offset)
+        work = job(BY_NAME[name], dtype=dtype, offset=10.0)
         got = backends.runner(backend)(work)
         check(BY_NAME[name], work, got, backends.differentiates(backend))
 
