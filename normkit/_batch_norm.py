@@ -180,7 +180,6 @@ def apply_batch_norm(
     scale, bias = wide(scale), wide(bias)
     if training or not state:
         axes = tuple(a for a in range(ndim) if a not in channels and a not in apart)
-        remember = training and bool(state)
         y, batch = standardize(
             x,
             axes,
@@ -188,11 +187,11 @@ def apply_batch_norm(
             bias,
             eps=eps,
             weights=weights,
-            remember=remember,
+            remember=training and bool(state),
             dtype=dtype,
             backend=backend,
         )
-        if batch is not None and remember:
+        if batch is not None:
             state = updated(state, batch, apart, decay, correction, backend)
         return y, state
     y = normalize(

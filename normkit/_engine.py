@@ -39,7 +39,8 @@ def standardize(
     x = cast(x, backend.statistics_dtype(x.dtype), backend)
     centred, found = centre(x, axes, weights, backend)
     rstd = centred.rstd(eps, backend)
-    return _affine(centred.values, rstd, scale, bias, dtype, backend), found
+    y = _affine(centred.values, rstd, scale, bias, dtype, backend)
+    return y, found if remember else None
 
 
 def rescale(

@@ -41,14 +41,16 @@ def test_what_is_not_finite_stays_in_its_group(kind, name, value):
     want, clean = applied(kind, name, X)
     group = np.zeros(X.shape, bool)
     group[LAYERS[name][1]] = True
-    np.testing.assert_allclose(y[~group], want[~group], rtol=0, atol=1e-6)
+    # In PyTorch kernels may have computed the one, and the engine the other.
+    within = {"rtol": 0, "atol": 1e-6 if kind.name == "torch" else 0}
+    np.testing.assert_allclose(y[~group], want[~group], **within)
     if name == "rms" and np.isinf(value):
         # Divided by an infinite root mean square, the others are zero.
         group = np.arange(X.size).reshape(X.shape) == np.ravel_multi_index((2, 1, 3), X.shape)
     assert not np.any(np.isfinite(y[group]))
     for key in state.keys() - {"count"}:
         others = [np.delete(s[key], 1) for s in (state, clean)]
-        np.testing.assert_allclose(*others, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(*others, **within)
         assert not np.isfinite(state[key][1])
 
 

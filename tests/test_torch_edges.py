@@ -271,10 +271,10 @@ def test_a_lazy_layer_has_no_definition_yet(cls):
 
 def test_without_a_counter_there_is_no_cumulative_average():
     """As natively: the statistics stay."""
-    for where in (T, nn):
-        layer = where.BatchNorm1d(3, momentum=None)
+    for cls in (T.BatchNorm1d, nn.BatchNorm1d, T.InstanceNorm1d):
+        layer = cls(3, momentum=None, track_running_stats=True)
         layer.num_batches_tracked = None
-        layer(data((8, 3)))
+        layer(data((8, 3, 5)))
         assert not layer.running_mean.any()
 
 
@@ -308,3 +308,10 @@ def test_nested_tensors_are_left_to_the_native_layer(layout):
         y.values().sum().backward()
     with pytest.raises(TypeError, match=r"a nested tensor is normalized by PyTorch's own layer"):
         layer(x, mask=torch.ones(2))
+
+
+def test_options_are_not_lost_on_nested_tensors():
+    x = torch.nested.nested_tensor([data((3, 7)), data((5, 7))], layout=torch.jagged)
+    for options in ({"zero_centered": True}, {"scale_after_cast": True}):
+        with pytest.raises(TypeError, match=r"which has no mask and no options of normkit's"):
+            T.RMSNorm(7, **options)(x)

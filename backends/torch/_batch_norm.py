@@ -13,7 +13,7 @@ from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
 
 from ._backend import BACKEND
-from ._buffers import know_features, state_of, store
+from ._buffers import decay_of, know_features, state_of, store
 from ._leaf import leaf, traced
 
 
@@ -33,9 +33,6 @@ class _Exact(_BatchNorm):
         state = {}
         if self.running_mean is not None and (self.track_running_stats or not self.training):
             state = state_of(self)
-        decay = None if self.momentum is None else 1 - self.momentum
-        if decay is None and "count" not in state:
-            decay = 1.0  # as natively: without a counter there is no cumulative average
         y, new = apply_batch_norm(
             input,
             self.weight,
@@ -43,7 +40,7 @@ class _Exact(_BatchNorm):
             state,
             axis=axis,
             eps=self.eps,
-            decay=decay,
+            decay=decay_of(self, state),
             correction=self.correction,
             training=self.training,
             weights=_checks.weights_for(input, mask, axis, BACKEND),

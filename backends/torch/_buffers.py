@@ -16,6 +16,14 @@ def state_of(layer: _NormBase) -> dict[str, Tensor]:
     return state
 
 
+def decay_of(layer: _NormBase, state: dict[str, Tensor]) -> float | None:
+    """What ``layer`` keeps of its running statistics, None for the cumulative average."""
+    if layer.momentum is not None:
+        return 1 - layer.momentum
+    # As natively, there is no cumulative average without a counter.
+    return None if "count" in state else 1.0
+
+
 def store(new: dict[str, Tensor], state: dict[str, Tensor]) -> None:
     """Write ``new`` to the buffers in ``state``, if it is another state.
 

@@ -14,7 +14,7 @@ from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
 
 from ._backend import BACKEND
-from ._buffers import know_features, state_of, store
+from ._buffers import decay_of, know_features, state_of, store
 from ._leaf import leaf, traced
 
 
@@ -48,7 +48,7 @@ class _Exact(_InstanceNorm):
             axis=axis,
             apart=(0,),
             eps=self.eps,
-            decay=None if self.momentum is None else 1 - self.momentum,
+            decay=decay_of(self, state),
             correction=self.correction,
             training=self.training,
             weights=_checks.weights_for(input, mask, axis, BACKEND),

@@ -26,7 +26,8 @@ def nested(x: Tensor, layer: Any, mask: Tensor | None) -> bool:
     """Whether ``x`` is a nested tensor, which only PyTorch's own layers can take."""
     if not x.is_nested:
         return False
-    if mask is not None or layer.axes is not None or getattr(layer, "zero_centered", False):
+    options = (getattr(layer, name, False) for name in ("zero_centered", "scale_after_cast"))
+    if mask is not None or layer.axes is not None or any(options):
         msg = (
             "a nested tensor is normalized by PyTorch's own layer, which has no mask and no "
             "options of normkit's; pad it first, with x.to_padded_tensor(0.0), and give a mask."
