@@ -13,6 +13,7 @@ from pathlib import Path as _Path
 from typing import Any as _Any
 
 from normkit._batch_norm import BatchNorm, batch_norm
+from normkit._explain import explain
 from normkit._group_norm import GroupNorm, group_norm
 from normkit._instance_norm import InstanceNorm, instance_norm
 from normkit._layer_norm import LayerNorm, layer_norm
@@ -33,6 +34,7 @@ __all__ = [
     "Moments",
     "RMSNorm",
     "batch_norm",
+    "explain",
     "group_norm",
     "instance_norm",
     "layer_norm",

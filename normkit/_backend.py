@@ -8,6 +8,7 @@ overrides those for which its framework has a better one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,6 +23,16 @@ class Backend:
 
     def __init__(self, xp: Namespace) -> None:
         self.xp = xp
+
+    @property
+    def library(self) -> str:
+        """The name of the array library."""
+        return str(self.xp.__name__).removeprefix("array_api_compat.").partition(".")[0]
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Its faster paths: a name for each, and a line that says what it takes."""
+        return {}
 
     def check(self, x: Array) -> None:
         """Refuse an array of a kind that the engine cannot work on."""
@@ -77,7 +88,8 @@ class Backend:
 
     # Three operations that a backend may do faster than the engine, out of its framework's own
     # primitives. Each does what the engine's function of the same name does, without weights; or
-    # returns None, and the engine does it. Arguments that broadcast have the rank of x.
+    # returns None, and the engine does it. Arguments that broadcast have the rank of x. Either way
+    # it says so, for nk.explain: `taken(path)` with one of `paths`, or `return declined(why)`.
 
     def standardize(
         self,

@@ -7,7 +7,10 @@ else, such as a running average (:func:`normalize`). How they are taken is in ``
 from __future__ import annotations
 
 from normkit._backend import Array, Backend, DType
+from normkit._explain import declined, settled
 from normkit._statistics import Average, Axes, Moments, averaging, cast, centre, select, spread
+
+_WEIGHTS = "a mask or weights lie along the reduced axes"
 
 
 def standardize(
@@ -31,11 +34,15 @@ def standardize(
     dtype = x.dtype if dtype is None else dtype
     if not remember:
         x, weights = _whole(x, axes, weights, backend)
+    fast = None
     if weights is None:
         fast = backend.standardize(x, axes, scale, bias, eps, remember, dtype)
-        if fast is not None:
-            y, mean, variance = fast
-            return y, Moments(backend.size(x, axes), mean, variance) if remember else None
+    else:
+        declined(_WEIGHTS)
+    settled("standardize", backend.library, fast is not None)
+    if fast is not None:
+        y, mean, variance = fast
+        return y, Moments(backend.size(x, axes), mean, variance) if remember else None
     x = cast(x, backend.statistics_dtype(x.dtype), backend)
     centred, found = centre(x, axes, weights, backend)
     rstd = centred.rstd(eps, backend)
@@ -63,10 +70,16 @@ def rescale(
     wide = backend.statistics_dtype(x.dtype)
     eps = epsilon(eps, wide, backend)
     x, weights = _whole(x, axes, weights, backend)
-    if weights is None and not scale_after_cast:
+    fast = None
+    if scale_after_cast:
+        declined("the last product is one of the dtype of the result")
+    elif weights is None:
         fast = backend.rescale(x, axes, scale, eps, dtype)
-        if fast is not None:
-            return fast
+    else:
+        declined(_WEIGHTS)
+    settled("rescale", backend.library, fast is not None)
+    if fast is not None:
+        return fast
     x = cast(x, wide, backend)
     x = select(x, weights, backend)
     _, average = averaging(x, axes, weights, backend)
@@ -103,6 +116,7 @@ def normalize(
         rest = backend.xp.zeros_like(y) if bias is None else cast(bias, y.dtype, backend)
         return backend.xp.where(weights > 0, y, rest)
     fast = backend.normalize(x, mean, variance, scale, bias, eps, dtype)
+    settled("normalize", backend.library, fast is not None)
     if fast is not None:
         return fast
     compute = backend.statistics_dtype(x.dtype, mean.dtype, variance.dtype)

@@ -14,6 +14,8 @@ _MANY = 2**20
 
 
 class TensorFlowBackend(Backend):
+    library = "tensorflow"
+
     def check(self, x: Array) -> None:
         if isinstance(x, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices):
             msg = (
