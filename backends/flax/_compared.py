@@ -1,0 +1,31 @@
+"""What NNX' and Linen's layers are compared on: arrays of JAX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from normkit.jax._backend import BACKEND as BACKEND
+
+LAYOUT = "channels last"
+PACKAGES = ("flax", "jax")
+
+
+def array(a: np.ndarray, dtype: str) -> jax.Array:
+    return jnp.asarray(a, dtype=dtype)
+
+
+def numpy(a: jax.Array) -> np.ndarray:
+    return np.asarray(a, dtype="float32")
+
+
+def wait(result: Any) -> None:
+    """Until it is there."""
+    jax.block_until_ready(result)
+
+
+def device() -> str:
+    return ", ".join(map(str, jax.devices()))
