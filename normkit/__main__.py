@@ -6,7 +6,7 @@ import argparse
 import sys
 from types import ModuleType
 
-from normkit._commands import bench, check, info
+from normkit._commands import RefusedError, bench, check, info
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "info": (info, "versions, frameworks, and the faster paths that are there"),
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         return int(COMMANDS[options.command][0].main(options))
-    except (ValueError, ImportError) as error:
+    except RefusedError as error:
         parser.error(str(error))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import venv
@@ -88,6 +89,13 @@ def test_without_its_framework_an_adapter_names_the_extra(
         f"{adapter} needs the package '{framework}', which is not installed; "
         f"install it with: pip install 'normkit[{extra}]'"
     )
+
+
+@pytest.mark.parametrize("command", ["info", "check", "bench --quick --layer RMSNorm"])
+def test_the_commands_run_there(python, tmp_path, command):
+    said = run(python, "-m", "normkit", *command.split(), cwd=tmp_path)
+    assert "numpy" in said
+    assert re.search(r"torch.*for lack of torch", said)
 
 
 def test_types_are_shipped(python, tmp_path):

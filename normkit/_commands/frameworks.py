@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+from normkit._commands import RefusedError
+
 
 @dataclass(frozen=True)
 class Framework:
@@ -62,14 +64,14 @@ def named(names: list[str]) -> list[str]:
     """The frameworks that somebody means: by name, or by the part of it before the hyphen.
 
     Raises:
-        ValueError: there is none of that name.
+        RefusedError: there is none of that name.
     """
     found = []
     for name in names:
         meant = [each for each in FRAMEWORKS if name in (each, each.partition("-")[0])]
         if not meant:
             msg = f"no framework is called {name!r}; there are {', '.join(FRAMEWORKS)}."
-            raise ValueError(msg)
+            raise RefusedError(msg)
         found += meant
     return list(dict.fromkeys(found))
 

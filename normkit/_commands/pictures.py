@@ -5,12 +5,14 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from normkit._commands import RefusedError
+
 
 def check() -> None:
     """Refuse before anything is measured, if there is nothing to draw with."""
     if find_spec("matplotlib") is None:
         msg = "--plot needs matplotlib; install it with: pip install 'normkit[bench]'"
-        raise ImportError(msg)
+        raise RefusedError(msg)
 
 
 def bench(cells: list[dict[str, Any]], path: str) -> None:
