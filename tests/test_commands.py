@@ -182,10 +182,10 @@ def test_times_are_those_of_the_clock(monkeypatch):
 
 
 def test_the_peak_of_memory_is_found():
-    if timing.peak(lambda i: None) is None:
+    if timing.peak(lambda: None) is None:
         pytest.skip("this system does not tell")
 
-    def call(i):
+    def call():
         large = np.ones(2**25, "uint8")  # 32 MiB
         return np.concatenate([large, large])  # and 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,12 @@ def numpy(a: jax.Array) -> np.ndarray:
 def wait(result: Any) -> None:
     """Until it is there."""
     jax.block_until_ready(result)
+
+
+def peak(run: Callable[..., Any], x: jax.Array, g: jax.Array) -> float:
+    """How many MiB a call holds at its peak, its results included, as XLA has planned it."""
+    planned = jax.jit(run).lower(x, g).compile().memory_analysis()
+    return (planned.temp_size_in_bytes + planned.output_size_in_bytes) / 2**20
 
 
 def device() -> str:

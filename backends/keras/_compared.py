@@ -11,6 +11,7 @@ from keras import ops
 
 import normkit.keras
 from normkit._arrays import backend_of
+from normkit._commands import timing
 from normkit._commands.cases import EPS, GROUPS, Case
 
 NATIVE, NORMKIT = keras.layers, normkit.keras
@@ -121,6 +122,24 @@ def wait(result: Any) -> None:
             import jax
 
             jax.block_until_ready(result)
+
+
+def peak(run: Callable[..., Any], x: Any, g: Any) -> float | None:
+    """How many MiB a call holds at its peak (see ``timing.peak``)."""
+    match keras.backend.backend():
+        case "tensorflow":
+            # It keeps what is freed, but it counts.
+            import tensorflow as tf
+
+            before = tf.config.experimental.get_memory_info("CPU:0")["current"]
+            tf.config.experimental.reset_memory_stats("CPU:0")
+            run(x, g)
+            return (tf.config.experimental.get_memory_info("CPU:0")["peak"] - before) / 2**20
+        case "jax":
+            from normkit.flax import _compared
+
+            return _compared.peak(run, x, g)
+    return timing.peak(run, x, g)
 
 
 def device() -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import normkit as nk
 from normkit._commands.cases import EPS, GROUPS, Case
+from normkit._commands.timing import peak as peak
 
 from . import _portable
 from ._backend import BACKEND as BACKEND

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import normkit.torch
 from normkit._commands.cases import EPS, GROUPS, Case
+from normkit._commands.timing import peak as peak
 
 from ._backend import BACKEND as BACKEND
 

@@ -21,26 +21,21 @@ def bench(adapter: Any, cases: list[dict[str, Any]], mode: str, seconds: float) 
     for fields in cases:
         case = Case(**fields | {"shape": tuple(fields["shape"])})
         given = [_laid_out(case, arrays(case, seed=seed), adapter.LAYOUT) for seed in (0, 1)]
-        calls = {}
-        for side, library in (("native", adapter.NATIVE), ("normkit", adapter.NORMKIT)):
-            calls[side] = _prepared(adapter, library, case, given, mode)
+        inputs = [tuple(adapter.array(a[name], case.dtype) for name in ("x", "g")) for a in given]
+        runs = {
+            side: adapter.function(library, case, given[0], mode)
+            for side, library in (("native", adapter.NATIVE), ("normkit", adapter.NORMKIT))
+        }
+        native, normkit = (_finished(adapter, run, inputs) for run in runs.values())
         like = np.empty(case.shape, "float32" if case.dtype == "float32" else "uint16")
-        times = timing.pair(calls["native"], calls["normkit"], timing.copier(like), seconds)
-        yield times | {"memory": {side: timing.peak(call) for side, call in calls.items()}}
+        times = timing.pair(native, normkit, timing.copier(like), seconds)
+        memory = {side: adapter.peak(run, *inputs[0]) for side, run in runs.items()}
+        yield times | {"memory": memory}
 
 
-def _prepared(
-    adapter: Any, library: Any, case: Case, given: list[dict[str, Any]], mode: str
-) -> timing.Call:
-    run = adapter.function(library, case, given[0], mode)
-    inputs = [tuple(adapter.array(a[name], case.dtype) for name in ("x", "g")) for a in given]
-
-    def call(i: int) -> Any:
-        result = run(*inputs[i % len(inputs)])
-        adapter.wait(result)
-        return result
-
-    return call
+def _finished(adapter: Any, run: Any, inputs: list[tuple[Any, ...]]) -> timing.Call:
+    """A call that returns when the result is there; two inputs take turns."""
+    return lambda i: adapter.wait(run(*inputs[i % 2]))
 
 
 def check(

@@ -62,7 +62,7 @@ def copier(x: NDArray[Any]) -> Call:
     return lambda i: np.copyto(places[i % 2], x)
 
 
-def peak(call: Call) -> float | None:
+def peak(call: Callable[..., Any], *given: Any) -> float | None:
     """How many MiB a call holds at its peak beyond what was there before, its results included.
 
     None where the system does not tell (other than Linux).
@@ -76,7 +76,7 @@ def peak(call: Call) -> float | None:
     except OSError:
         return None
     before = _status("VmRSS")
-    result = call(0)
+    result = call(*given)
     extra = _status("VmHWM") - before
     del result
     return max(0.0, extra / 1024)

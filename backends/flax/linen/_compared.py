@@ -17,6 +17,7 @@ from normkit.flax._compared import PACKAGES as PACKAGES
 from normkit.flax._compared import array as array
 from normkit.flax._compared import device as device
 from normkit.flax._compared import numpy as numpy
+from normkit.flax._compared import peak as peak
 from normkit.flax._compared import wait as wait
 
 NATIVE, NORMKIT = nn, normkit.flax.linen
