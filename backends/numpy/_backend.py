@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,9 +11,22 @@ import numpy as np
 
 from normkit._backend import Array, Backend, DType
 
+try:
+    from . import _kernels
+except ImportError:  # the plain engine does as well, slower
+    _kernels = None
+
+_FLOATING = frozenset(map(np.dtype, ("float16", "float32", "float64")))
+
 
 class NumPyBackend(Backend):
+    @property
+    def paths(self) -> Mapping[str, str]:
+        return {} if _kernels is None else _kernels.PATHS
+
     def is_floating(self, dtype: DType) -> bool:
+        if dtype in _FLOATING:  # to look at its name takes NumPy microseconds
+            return True
         # bfloat16 comes from the ml_dtypes package, and NumPy does not count it among its own.
         return dtype.name == "bfloat16" or super().is_floating(dtype)
 
@@ -21,6 +35,60 @@ class NumPyBackend(Backend):
 
     def is_visible(self, x: Array) -> bool:
         return True
+
+    def standardize(
+        self,
+        x: Array,
+        axes: tuple[int, ...],
+        scale: Array | None,
+        bias: Array | None,
+        eps: float,
+        remember: bool,
+        dtype: DType,
+    ) -> tuple[Array, Array | None, Array | None] | None:
+        if _kernels is None:
+            return None
+        return _kernels.standardize(x, axes, scale, bias, eps, remember, dtype, self)
+
+    def normalize(
+        self,
+        x: Array,
+        mean: Array,
+        variance: Array,
+        scale: Array | None,
+        bias: Array | None,
+        eps: float,
+        dtype: DType,
+    ) -> Array | None:
+        if _kernels is None:
+            return None
+        return _kernels.normalize(x, mean, variance, scale, bias, eps, dtype)
+
+    def rescale(
+        self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType
+    ) -> Array | None:
+        if _kernels is None:
+            return None
+        return _kernels.rescale(x, axes, scale, eps, dtype, self)
+
+    def backward(
+        self,
+        x: Array,
+        grad: Array,
+        axes: tuple[int, ...],
+        along: tuple[int, ...],
+        given: Mapping[str, Array],
+        eps: float,
+        centered: bool,
+    ) -> tuple[Array, Array, Array] | None:
+        """The gradients of x, scale and bias, for a layer; None, and the layer takes them itself.
+
+        Parameters lie ``along`` some axes. What is ``given`` has the rank of x: ``scale``, if
+        there is one; ``mean`` and ``var``, if the statistics are not those of x.
+        """
+        if _kernels is None:
+            return None
+        return _kernels.backward(x, grad, axes, along, given, eps, centered)
 
 
 BACKEND = NumPyBackend(xp)

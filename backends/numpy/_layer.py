@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike, NDArray
 from normkit import RMSNorm, _checks
 from normkit._definition import Definition, Params, State
 from normkit._engine import derivative, epsilon, with_rank
+from normkit._explain import declined, settled
 from normkit._statistics import Axes, averaging, cast, centre, select, spread
 
 from ._backend import BACKEND
@@ -71,47 +72,74 @@ class Layer:
             raise RuntimeError(msg)
         x, mask, state = self._call
         _checks.same_shape(grad, x, "grad")
-        d = self.definition
-        along, axes = d.parameter_axes(x.ndim), d.reduced_axes(x.ndim)
+        d, ndim, shape = self.definition, x.ndim, x.shape
+        along, axes = d.parameter_axes(ndim), d.reduced_axes(ndim)
         weights = _checks.weights_for(x, mask, along[-1], BACKEND)
-        dtype = x.dtype
-        x, grad = (cast(a, BACKEND.statistics_dtype(dtype), BACKEND) for a in (x, grad))
-        params = {name: with_rank(p, along, x.ndim, BACKEND) for name, p in self.params.items()}
-        scale = params.get("scale")
-        if scale is not None:
-            scale = cast(scale, x.dtype, BACKEND) + (1 - d.first_scale)
-
-        def split(a: NDArray) -> NDArray:
-            """With an axis for the groups of channels, if there are any."""
-            if d.groups == 1:
-                return a
-            return BACKEND.split(a, along[0], d.groups if a.shape[along[0]] > 1 else 1)
-
-        def join(a: NDArray) -> NDArray:
-            return a if d.groups == 1 else BACKEND.join(a, along[0])
-
+        given = {name: with_rank(p, along, ndim, BACKEND) for name, p in self.params.items()}
+        for name in () if state is None else ("mean", "var"):
+            given[name] = with_rank(state[name], along, ndim, BACKEND)
         if d.groups > 1:
-            axes = tuple(a if a < along[0] else a + 1 for a in axes)
-        weights = None if weights is None else split(weights)
-        if state is None:
-            standard, rstd = self._standardized(split(x), axes, weights)
-        else:
-            mean, var = (with_rank(state[name], along, x.ndim, BACKEND) for name in ("mean", "var"))
-            rstd = 1 / np.sqrt(var + d.eps)
-            standard = select(x - mean, weights, BACKEND) * rstd
+            # With an axis for the groups of channels, and another for those of one group.
+            channel = along[0]
+            axes = tuple(a if a < channel else a + 1 for a in axes)
+            along = (channel, channel + 1)
 
-        terms = {"scale": grad * join(standard), "bias": grad}
-        others = tuple(axis for axis in range(grad.ndim) if axis not in along)
+            def split(a: NDArray) -> NDArray:
+                return BACKEND.split(a, channel, d.groups if a.shape[channel] > 1 else 1)
+
+            x, grad = split(x), split(grad)
+            given = {name: split(p) for name, p in given.items()}
+            weights = None if weights is None else split(weights)
+        if "scale" in given and d.first_scale != 1:
+            scale = given["scale"]
+            given["scale"] = cast(scale, BACKEND.statistics_dtype(scale.dtype), BACKEND) + (
+                1 - d.first_scale
+            )
+        eps = epsilon(d.eps, BACKEND.statistics_dtype(x.dtype), BACKEND)
+        found = None
+        if weights is None:
+            along = along if self.params else ()
+            found = BACKEND.backward(x, grad, axes, along, given, eps, self._centers())
+        else:
+            declined("a mask or weights are given")
+        settled("backward", BACKEND.library, found is not None)
+        if found is None:
+            found = self._backward(x, grad, axes, along, given, eps, weights)
+        dx, *found = found
         self.grads = {
-            name: cast(BACKEND.total(terms[name], others), p.dtype, BACKEND).reshape(p.shape)
-            for name, p in self.params.items()
+            name: cast(gradient, self.params[name].dtype, BACKEND).reshape(d.parameter_shape)
+            for name, gradient in zip(("scale", "bias"), found, strict=True)
+            if name in self.params
         }
-        u = select(split(grad if scale is None else grad * scale), weights, BACKEND)
-        if state is not None:
-            return cast(u * rstd, dtype, BACKEND)
+        return dx.reshape(shape)
+
+    def _backward(
+        self,
+        x: NDArray,
+        grad: NDArray,
+        axes: Axes,
+        along: Axes,
+        given: Params,
+        eps: float,
+        weights: NDArray | None,
+    ) -> tuple[NDArray, NDArray, NDArray]:
+        """The gradients of x, scale and bias, as the formulas have it."""
+        dtype, ndim = x.dtype, x.ndim
+        x, grad = (cast(a, BACKEND.statistics_dtype(dtype), BACKEND) for a in (x, grad))
+        if "var" in given:
+            rstd = 1 / np.sqrt(given["var"] + eps)
+            standard = select(x - given["mean"], weights, BACKEND) * rstd
+        else:
+            standard, rstd = self._standardized(x, axes, weights)
+        others = tuple(axis for axis in range(ndim) if axis not in along)
+        dscale, dbias = (BACKEND.total(terms, others) for terms in (grad * standard, grad))
+        u = grad * cast(given["scale"], x.dtype, BACKEND) if "scale" in given else grad
+        u = select(u, weights, BACKEND)
+        if "var" in given:
+            return cast(u * rstd, dtype, BACKEND), dscale, dbias
         _, average = averaging(u, axes, weights, BACKEND, adjoint=True)
         dx = derivative(u, standard, rstd, average, centered=self._centers())
-        return cast(join(dx), dtype, BACKEND)
+        return cast(dx, dtype, BACKEND), dscale, dbias
 
     def _centers(self) -> bool:
         return not isinstance(self.definition, RMSNorm)
