@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -14,9 +16,18 @@ try:
     from . import _kernels
 except ImportError:  # the plain engine does as well, slower
     _kernels = None
+try:
+    from . import _fused
+except ImportError:  # compilers take the engine to pieces
+    _fused = None
 
 
 class TorchBackend(Backend):
+    @property
+    def paths(self) -> Mapping[str, str]:
+        found = [module.PATHS for module in (_kernels, _fused) if module is not None]
+        return {name: line for paths in found for name, line in paths.items()}
+
     def check(self, x: Array) -> None:
         if not isinstance(x, torch.Tensor):
             msg = (
@@ -51,9 +62,8 @@ class TorchBackend(Backend):
         remember: bool,
         dtype: DType,
     ) -> tuple[Array, Array | None, Array | None] | None:
-        if not self._has_kernels(x, dtype):
-            return None
-        return _kernels.standardize(x, axes, scale, bias, eps, remember)
+        faster = self._faster()
+        return None if faster is None else faster.standardize(x, axes, scale, bias, eps, remember, dtype)
 
     def normalize(
         self,
@@ -65,19 +75,21 @@ class TorchBackend(Backend):
         eps: float,
         dtype: DType,
     ) -> Array | None:
-        if not self._has_kernels(x, dtype):
-            return None
-        return _kernels.normalize(x, mean, variance, scale, bias, eps)
+        faster = self._faster()
+        return None if faster is None else faster.normalize(x, mean, variance, scale, bias, eps, dtype)
 
     def rescale(
         self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType
     ) -> Array | None:
-        if not self._has_kernels(x, dtype):
-            return None
-        return _kernels.rescale(x, axes, scale, eps)
+        faster = self._faster()
+        return None if faster is None else faster.rescale(x, axes, scale, eps, dtype)
 
-    def _has_kernels(self, x: Array, dtype: DType) -> bool:
-        return _kernels is not None and self.is_visible(x) and _kernels.fit(x, dtype)
+    def _faster(self) -> Any:
+        return _fused if torch.compiler.is_compiling() else _kernels
+
+    def statistics_dtype(self, *dtypes: DType) -> DType:
+        # Of dtypes alone: torch.result_type makes tensors of them, which Dynamo does not allow.
+        return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
     def is_visible(self, x: Array) -> bool:
         # A fake tensor is of another type; one inside vmap, jvp, make_fx or a trace is not.

@@ -12,6 +12,7 @@ import normkit as nk
 from normkit import _checks
 from normkit._batch_norm import apply_batch_norm
 
+from . import _usual
 from ._backend import BACKEND
 from ._buffers import decay_of, know_features, state_of, store
 from ._leaf import leaf, traced
@@ -27,6 +28,8 @@ class _Exact(_BatchNorm):
         """Normalize ``input``; ``mask`` says which values count (see ``nk.BatchNorm.apply``)."""
         if traced(input):
             return leaf(self, input, mask)
+        if mask is None and (y := _usual.batch_norm(self, input)) is not None:
+            return y
         _checks.floating(input, BACKEND)
         self._check_input_dim(input)
         axis = self._check_input(input)

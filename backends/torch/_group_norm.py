@@ -11,6 +11,7 @@ import normkit as nk
 from normkit import _checks
 from normkit._group_norm import apply_group_norm, group_size
 
+from . import _usual
 from ._autocast import result_dtype
 from ._backend import BACKEND
 from ._leaf import leaf, traced
@@ -63,6 +64,8 @@ class GroupNorm(nn.GroupNorm):
         """Normalize ``input``; ``mask`` says which values count (see ``nk.GroupNorm.apply``)."""
         if traced(input):
             return leaf(self, input, mask)
+        if mask is None and (y := _usual.group_norm(self, input)) is not None:
+            return y
         _checks.floating(input, BACKEND)
         _checks.rank(input, 2, "GroupNorm")
         (axis,) = _checks.channel_axis(self.axis, input.ndim)

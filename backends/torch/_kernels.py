@@ -1,41 +1,71 @@
-"""Standardization out of PyTorch's own kernels, for eager float32 and float64 tensors on the CPU.
+"""Standardization out of PyTorch's own kernels, for eager tensors.
 
-A kernel loses as many units in the last place as the mean is large beside the spread. What it
-returns tells whether that was so; then it is applied again to ``x`` less its mean, which is a
-constant to the derivative: neither the result nor any of its derivatives depends on it.
+A kernel loses as many units in the last place as the mean is large beside the spread. On the CPU
+what it returns tells whether that was so; then it is applied again to ``x`` less its mean, which is
+a constant to the derivative: neither the result nor any of its derivatives depends on it. On a
+device that would have to be waited for, ``x`` less its mean is taken at once (``_unread.py``).
 
-Each function here is an operation of ``normkit._backend.Backend``, or None where no kernel fits.
-Without this file the engine does all of it.
+Of half types the kernels compute in float32, if parameters and statistics are given in it.
+
+:func:`standardize`, :func:`normalize` and :func:`rescale` are the operations of
+``normkit._backend.Backend``. Without this file the engine does all of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+
+from normkit._explain import declined, taken
+
+from . import _unread
+from ._fit import WIDE, fit, readable
+from ._gradients import centred_rows, scaled, standardized, wanted
+from ._moments import (
+    are_rows,
+    inverse_root,
+    is_finite,
+    is_near,
+    moments,
+    of_batch,
+    second,
+    trusted,
+    unless,
+)
 
 Axes = tuple[int, ...]
 Found = tuple[Tensor, Tensor | None, Tensor | None]
+Batch = tuple[Tensor, Tensor, Tensor, int]
+Kernel = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
-# Up to here, |mean| / sqrt(variance + eps) costs no digit that the result would have.
-_KERNEL = 4.0
-# The same where the variance is taken as mean(x * x) - mean * mean.
-_SQUARES = 1.5
+PATHS = {
+    "native_layer_norm": "statistics over the last axes, contiguous, each position its parameters",
+    "native_group_norm": "groups and instances with the channels second, contiguous",
+    "native_batch_norm": "a batch with the channels second or last, of a few values a channel",
+    "batch_norm of moments": "a batch with the channels second or last, of many values a channel",
+    "batch_norm of given moments": "evaluation with the channels second or last",
+    "rms_norm": "the root mean square over the last axes, contiguous, of few values",
+    "vector_norm": "the root mean square over the last axes, contiguous, of many values",
+    **_unread.PATHS,
+}
 
-
-def fit(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernels take ``x`` and give a result of ``dtype``."""
-    return (
-        x.dtype == dtype
-        and dtype in (torch.float32, torch.float64)
-        and x.ndim > 1
-        and x.numel() > 0
-        # They have no forward-mode derivative.
-        and torch.autograd.forward_ad._current_level < 0
-    )
+# Up to here, |mean| / sqrt(variance + eps) costs no digit that the result would have, nor one that
+# derivatives of parameters have, which are float32 beside half types as well.
+_NEAR = 4.0
+# Where statistics are given, the kernels subtract the mean first for these derivatives.
+_NEAR_GIVEN = {
+    torch.float32: _NEAR,
+    torch.float64: _NEAR,
+    torch.bfloat16: 256.0,
+    torch.float16: 64.0,
+}
+# So few values a channel are added up well by the kernel of BatchNorm, one after the other; and so
+# few values in all that it does not matter how slowly it does that where channels are second.
+_FEW, _FEW_IN_ALL = 1024, 2**14
+_CUBABLE = 2.0**32  # up to here the cube of rstd, in its derivative, has all its digits
 
 
 def standardize(
@@ -45,218 +75,257 @@ def standardize(
     bias: Tensor | None,
     eps: float,
     remember: bool,
+    dtype: torch.dtype,
 ) -> Found | None:
-    if scale is None and bias is not None:
-        scale = torch.ones_like(bias)  # some derivatives of the kernels cannot do without
-    given = [p for p in (scale, bias) if p is not None]
-    if any(p.dtype != x.dtype for p in given):
+    if not fit(x, dtype, scale, bias):
         return None
+    given = [p for p in (scale, bias) if p is not None]
     kept = [axis for axis in range(x.ndim) if axis not in axes]
     if len(kept) == 1 and all(tuple(p.shape) == _shape(x, kept[0]) for p in given):
-        return _channels(x, kept[0], scale, bias, eps)
-    last = axes == tuple(range(x.ndim - len(axes), x.ndim)) and x.is_contiguous()
-    if remember or not last:  # these give rstd, in which a variance below eps has few digits
-        return None
+        return channels(x, kept[0], _flat(scale), _flat(bias), eps)
+    if remember:  # these give rstd, in which a variance below eps has few digits
+        return declined("statistics of samples are to be remembered")
+    if axes != tuple(range(x.ndim - len(axes), x.ndim)) or not x.is_contiguous():
+        return declined("the axes are not the last ones of a contiguous tensor")
     y = None
     along = _lie_along(axes, given)
     whole = along and all(p.shape[len(kept) :] == x.shape[len(kept) :] for p in given)
     if len(kept) == 2 and not whole and _are_one_a_channel(x, given):
-        y = _groups(x, scale, bias, eps)
+        size = next(p.shape[2] for p in given)
+        merged = x.view(x.shape[0], x.shape[1] * size, -1)
+        y = groups(merged, x.shape[1], _flat(scale), _flat(bias), eps)
     elif along:
-        y = _rows(x, axes, scale, bias, eps)
-    return None if y is None else (y, None, None)
+        shape = x.shape[axes[0] :]
+        y = rows(x, shape, _last(scale, shape), _last(bias, shape), eps)
+    else:
+        declined("parameters lie along other axes than the kernels have them")
+    return None if y is None else (y.view(x.shape), None, None)
 
 
 def normalize(
-    x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor | None:
+    if not fit(x, dtype, mean, variance, scale, bias):
+        return None
     given = [p for p in (mean, variance, scale, bias) if p is not None]
     long = [axis for axis, n in enumerate(mean.shape) if n > 1] or [1]
     shape = _shape(x, long[0])
-    if any(tuple(p.shape) != shape or p.dtype != x.dtype for p in given):
-        return None
-    if mean.requires_grad or variance.requires_grad:  # the kernel takes them for constants
-        return None
-    if _second(x, long[0]) is None:
-        return None
-    near = mean * mean <= _KERNEL**2 * (variance + eps)
-    if not _all(near):
-        offset = _unless(near, mean)
-        x, mean = x - offset, mean - offset
-    # Copies of the statistics, since a training step may change the buffers before the gradient of
-    # this call is asked for.
-    mean, variance = mean.clone(), variance.clone()
-    flat = (None if p is None else p.reshape(-1) for p in (mean, variance, scale, bias))
-    y = torch.nn.functional.batch_norm(_second(x, long[0]), *flat, False, 0.0, eps)
-    return y.view(x.shape)
+    if any(tuple(p.shape) != shape for p in given):
+        return declined("what is given has not one value a channel")
+    flat = (_flat(p) for p in (mean, variance, scale, bias))
+    return given_moments(x, long[0], *flat, eps)
 
 
-def rescale(x: Tensor, axes: Axes, scale: Tensor | None, eps: float) -> Tensor | None:
+def rescale(
+    x: Tensor, axes: Axes, scale: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor | None:
+    if not fit(x, dtype, scale):
+        return None
     last = tuple(range(x.ndim - len(axes), x.ndim))
     if axes != last or not axes or not x.is_contiguous():
-        return None
-    if scale is not None and (scale.dtype != x.dtype or not _lie_along(axes, [scale])):
-        return None
-    rows = x.flatten(axes[0])
-    with torch.no_grad():
-        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        rstd = torch.rsqrt(norm * norm / rows.shape[-1] + eps)
-    if not _all(rstd > 0):  # squares that are no numbers
-        return None
-    weight = _last(scale, x.shape[axes[0] :])
-    weight = None if weight is None else weight.view(-1)
-    return _Scaled.apply(rows, weight, rstd, eps).view(x.shape)
-
-
-def _rows(
-    x: Tensor, axes: Axes, scale: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor | None:
-    """LayerNorm over the last axes."""
+        return declined("the axes are not the last ones of a contiguous tensor")
+    if scale is not None and not _lie_along(axes, [scale]):
+        return declined("parameters lie along other axes than the kernels have them")
     shape = x.shape[axes[0] :]
-    w, b = (_last(p, shape) for p in (scale, bias))
-    return _around(x, lambda x: torch.native_layer_norm(x, shape, w, b, eps))
+    return root_mean_square(x, shape, _last(scale, shape), eps)
 
 
-def _groups(x: Tensor, scale: Tensor | None, bias: Tensor | None, eps: float) -> Tensor | None:
-    """GroupNorm where samples and groups are the first two axes."""
-    samples, groups, *rest = x.shape
-    size = next(p.shape[2] for p in (scale, bias) if p is not None)
-    channels = groups * size
-    positions = x.numel() // (samples * channels)
-    w, b = (None if p is None else p.reshape(channels) for p in (scale, bias))
-    kept = (samples, groups, *[1] * len(rest))
+# The same for arguments that fit, parameters without lengths 1. The usual calls of layers come
+# here on a shorter way (``_usual.py``).
+
+
+def rows(
+    x: Tensor, shape: Axes, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """LayerNorm over the last axes, which have the lengths ``shape``."""
+    w, b = parameters(x, shape, weight, bias)
+    if not readable(x):
+        return _unread.rows(x, shape, w, b, eps)
 
     def kernel(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = torch.native_group_norm(
-            x.view(samples, channels, positions), w, b, samples, channels, positions, groups, eps
-        )
-        return y.view(x.shape), mean.view(kept), rstd.view(kept)
+        if w is not None and x.dtype != w.dtype:
+            return centred_rows(x, w, b, shape, eps)
+        return torch.native_layer_norm(x, shape, w, b, eps)
 
-    return _around(x, kernel)
+    return _around(x, "native_layer_norm", kernel, lambda a: a)
 
 
-def _around(x: Tensor, kernel: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Tensor | None:
-    """``kernel`` of ``x``, or of ``x`` less its mean."""
+def groups(
+    x: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """GroupNorm of a contiguous ``x`` where samples and channels are the first two axes."""
+    samples, width = x.shape[:2]
+    size = x.numel() // (samples * width)
+    w, b = parameters(x, (width,), weight, bias)
+    if not readable(x):
+        return _unread.groups(x, count, w, b, eps)
+
+    def each(a: Tensor) -> Tensor:
+        return a.repeat_interleave(width // count, 1).view(samples, width, *[1] * (x.ndim - 2))
+
+    return _around(
+        x,
+        "native_group_norm",
+        lambda x: torch.native_group_norm(x, w, b, samples, width, size, count, eps),
+        each,
+    )
+
+
+def _around(
+    x: Tensor, path: str, kernel: Kernel, each: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """``kernel`` of ``x``, or of ``x`` less its mean, of which ``each`` value has its own."""
     y, mean, rstd = kernel(x)
     mean, rstd = mean.detach(), rstd.detach()
-    if not _all(rstd > 0):  # squares that are no numbers
-        return None
-    near = (mean * rstd).abs() <= _KERNEL
-    # Group by group, so that none depends on the others.
-    return y if _all(near) else kernel(x - _unless(near, mean))[0]
+    if not rstd.min().item() > 0:
+        return declined("squares overflow, or a value is no number")
+    far = mean.mul(rstd).abs_()
+    if not far.max().item() <= _NEAR:
+        # Group by group, so that none depends on the others.
+        offset = each(unless(far <= _NEAR, mean))
+        del y  # and what it keeps for its gradient
+        y = kernel(x.to(mean.dtype) - offset)[0].to(x.dtype)
+    taken(path)
+    return y
 
 
-def _channels(
-    x: Tensor, channel: int, scale: Tensor | None, bias: Tensor | None, eps: float
+def channels(
+    x: Tensor, channel: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Found | None:
-    """BatchNorm."""
-    found = _second(x, channel)
+    """BatchNorm; mean and variance have the rank of ``x``."""
+    found = second(x, channel)
     if found is None:
+        return declined("the channels are neither second nor last in the layout of x")
+    done = batch(found, weight, bias, eps)
+    if done is None:
         return None
+    y, mean, spread, correction = done
+    if correction:
+        count = found.numel() // found.shape[1]
+        spread = spread * ((count - correction) / count)
     shape = _shape(x, channel)
-    w, b = (None if p is None else p.reshape(-1) for p in (scale, bias))
-    mean, variance = _moments(found.detach())
-    offset: Tensor | float = 0.0
-    near = mean * mean <= _SQUARES**2 * (variance + eps)
-    if not _all(near):
-        offset = _unless(near, mean).view(shape)
-        found = _second(x - offset, channel)
-        mean, variance = _moments(found.detach())
-    if not _all(torch.isfinite(variance)):
-        return None
-    y = _Standardized.apply(found, w, b, mean, variance, eps)
-    return y.view(x.shape), offset + mean.view(shape), variance.view(shape)
+    return y.view(x.shape), mean.view(shape), spread.view(shape)
 
 
-def _second(x: Tensor, channel: int) -> Tensor | None:
-    """``x`` with the channels as second axis, if that is only another view of it.
+def batch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Batch | None:
+    """BatchNorm where the channels are the second axis, as :func:`second` has them.
 
-    None if the kernels would have to copy it, or give their result another layout.
+    The result, the mean, and an estimate of the variance with its correction.
     """
-    if channel == x.ndim - 1 and x.is_contiguous():
-        return x.view(-1, x.shape[-1])
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    kept = torch.contiguous_format, formats.get(x.ndim, torch.contiguous_format)
-    if channel == 1 and any(x.is_contiguous(memory_format=format) for format in kept):
-        return x
-    return None
+    w, b = parameters(x, x.shape[1:2], weight, bias)
+    if not readable(x):
+        return _unread.batch(x, w, b, eps)
+    if _are_few(x):
+        y, mean, spread = of_batch(x, w, b, eps)
+        if is_near(mean, spread, eps, _NEAR) and is_finite(spread):
+            taken("native_batch_norm")
+            return y, mean, spread, 1
+        del y
+    found = x
+    mean, spread = moments(x)
+    offset: Tensor | float = 0.0
+    if not is_near(mean, spread, eps, trusted(x)):
+        offset = unless(mean * mean <= trusted(x) ** 2 * (spread + eps), mean)
+        found = _unread.less(x, offset)
+        mean, spread = moments(found)
+    if not is_finite(spread):
+        return declined("squares overflow, or a value is no number")
+    taken("batch_norm of moments")
+    whole = offset + mean
+    if found.dtype != x.dtype and is_near(whole, spread, eps, _NEAR_GIVEN[x.dtype]):
+        found, mean = x, whole
+    y = standardized(found, w, b, mean, spread, eps)
+    return y.to(x.dtype), whole, spread, 0
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, along axis 1, where the mean is near zero."""
-    axes = (0, *range(2, x.ndim))
-    mean = x.mean(axes)
-    if x.ndim > 2 and x.is_contiguous():
-        norms = torch.linalg.vector_norm(x.flatten(2), dim=2)
-        squares = (norms * norms).sum(0)
-    else:
-        # A norm down the columns adds up one row after the other, and would lose digits.
-        squares = (x * x).sum(axes)
+def _are_few(x: Tensor) -> bool:
+    """Whether the kernel of BatchNorm is as good at the statistics as :func:`moments`."""
     count = x.numel() // x.shape[1]
-    return mean, (squares / count - mean * mean).clamp_(min=0)
+    return 1 < count <= _FEW and (x.numel() <= _FEW_IN_ALL or are_rows(x))
 
 
-class _Standardized(Function):
-    """BatchNorm along axis 1, by the statistics of ``x``, which have been taken already."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        weight, bias, mean, variance, ctx.eps = rest
-        ctx.save_for_backward(x, weight, mean, variance)
-        return torch.nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, ctx.eps)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, variance = ctx.saved_tensors
-        rstd = torch.rsqrt(variance + ctx.eps)
-        wanted = list(ctx.needs_input_grad[:3])
-        found = torch.ops.aten.native_batch_norm_backward(
-            g, x, weight, mean, variance, mean, rstd, True, ctx.eps, wanted
-        )
-        return *found, None, None, None
-
-
-class _Scaled(Function):
-    """RMSNorm of the last axis, by ``rstd``, which has been taken already."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
-        weight, rstd, ctx.eps = rest
-        ctx.save_for_backward(x, weight, rstd)
-        y = x * rstd
-        return y if weight is None else y.mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # This is differentiated in its turn, and rstd is a function of x.
-            rstd = torch.rsqrt((x * x).mean(-1, keepdim=True) + ctx.eps)
-            normal = x * rstd
-            u = g if weight is None else g * weight
-            dx = rstd * (u - normal * (u * normal).mean(-1, keepdim=True))
-            dweight = None if weight is None else (g * normal).sum(tuple(range(g.ndim - 1)))
-            return dx, dweight, None, None
-        wanted = [True, weight is not None, False]
-        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
-            g, x, x.shape[-1:], torch.zeros_like(rstd), rstd, weight, None, wanted
-        )
-        # That is LayerNorm's where the mean is zero; it takes the mean of the gradient away too.
-        mean = g.mean(-1) if weight is None else g @ (weight / x.shape[-1])
-        return dx.addcmul_(rstd, mean.unsqueeze(-1)), dweight, None, None
+def given_moments(
+    x: Tensor,
+    channel: int,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor | None:
+    """BatchNorm with statistics that are given."""
+    if mean.requires_grad or variance.requires_grad:
+        return declined("statistics are differentiated, which the kernel takes for constants")
+    found = second(x, channel)
+    if found is None:
+        return declined("the channels are neither second nor last in the layout of x")
+    near, wide = _NEAR_GIVEN[x.dtype], WIDE[x.dtype]
+    given = (mean, variance, weight, bias)
+    if x.dtype != wide and not all(p is None or p.dtype == x.dtype for p in given):
+        # The kernel takes all of them in the half type or all in float32.
+        weight, bias = parameters(x, found.shape[1:2], weight, bias)
+        mean, variance = mean.to(wide), variance.to(wide)
+    if x.requires_grad or wanted(weight, bias):
+        # A training step may change the buffers before the gradient of this call is asked for.
+        mean, variance = mean.clone(), variance.clone()
+    see = readable(x)
+    taken("batch_norm of given moments" if see else "batch_norm of x - mean")
+    if not see or not is_near(mean, variance, eps, near):
+        weight, bias = parameters(x, found.shape[1:2], weight, bias)
+        mean, variance = mean.to(wide), variance.to(wide)
+        offset = unless(mean * mean <= near**2 * (variance + eps), mean) if see else mean
+        found, mean = _unread.less(found, offset), mean - offset
+    y = torch.batch_norm(found, weight, bias, mean, variance, False, 0.0, eps, False)
+    return y if found is x else y.to(x.dtype).view(x.shape)
 
 
-def _all(condition: Tensor) -> bool:
-    return bool(condition.all())
+def root_mean_square(x: Tensor, shape: Axes, weight: Tensor | None, eps: float) -> Tensor | None:
+    """RMSNorm over the last axes of a contiguous ``x``, which have the lengths ``shape``."""
+    w, _ = parameters(x, shape, weight, None)
+    if not readable(x):
+        return _unread.root_mean_square(x, shape, w, eps)
+    few = x.numel() <= _FEW_IN_ALL
+    if few and torch.linalg.vector_norm(x.detach(), torch.inf).item() < _CUBABLE:
+        taken("rms_norm")
+        return torch.rms_norm(x.to(WIDE[x.dtype]), shape, w, eps).to(x.dtype)
+    rstd = inverse_root(x.detach().view(-1, math.prod(shape)), eps)
+    if not rstd.min().item() > 0:
+        return declined("squares overflow, or a value is no number")
+    taken("vector_norm")
+    return scaled(x, w, rstd, eps)
 
 
-def _unless(near: Tensor, mean: Tensor) -> Tensor:
-    return torch.where(near, torch.zeros_like(mean), mean)
+def parameters(
+    x: Tensor, shape: Axes, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """``weight`` and ``bias`` as kernels need them: in float32 at least.
+
+    Some derivatives of a bias need a weight, and without one the statistics of half types would be
+    given in these.
+    """
+    wide = WIDE[x.dtype]
+    if weight is not None and weight.dtype == wide and bias is not None and bias.dtype == wide:
+        return weight, bias
+    if weight is None and (bias is not None or x.dtype != wide):
+        weight = torch.ones(shape, dtype=wide, device=x.device)
+    given = (p if p is None or p.dtype == wide else p.to(wide) for p in (weight, bias))
+    w, b = given
+    return w, b
 
 
 def _shape(x: Tensor, axis: int) -> Axes:
     """Of one value for each position along ``axis``, with the rank of ``x``."""
     return tuple(n if a == axis else 1 for a, n in enumerate(x.shape))
+
+
+def _flat(p: Tensor | None) -> Tensor | None:
+    return None if p is None else p.reshape(-1)
 
 
 def _last(p: Tensor | None, shape: Axes) -> Tensor | None:

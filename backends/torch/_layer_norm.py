@@ -12,6 +12,7 @@ import normkit as nk
 from normkit import _checks
 from normkit._layer_norm import apply_layer_norm
 
+from . import _usual
 from ._autocast import result_dtype
 from ._backend import BACKEND
 from ._leaf import leaf, nested, traced
@@ -65,6 +66,8 @@ class LayerNorm(nn.LayerNorm):
         """Normalize ``input``; ``mask`` says which values count (see ``nk.LayerNorm.apply``)."""
         if traced(input):
             return leaf(self, input, mask)
+        if mask is None and (y := _usual.layer_norm(self, input)) is not None:
+            return y
         _checks.floating(input, BACKEND)
         if nested(input, self, mask):
             return super().forward(input)

@@ -12,6 +12,7 @@ import normkit as nk
 from normkit import _checks
 from normkit._rms_norm import apply_rms_norm
 
+from . import _usual
 from ._autocast import result_dtype
 from ._backend import BACKEND
 from ._leaf import leaf, nested, traced
@@ -65,6 +66,8 @@ class RMSNorm(nn.RMSNorm):
         """Normalize ``x``; ``mask`` says which values count (see ``nk.RMSNorm.apply``)."""
         if traced(x):
             return leaf(self, x, mask)
+        if mask is None and (y := _usual.rms_norm(self, x)) is not None:
+            return y
         _checks.floating(x, BACKEND)
         if nested(x, self, mask):
             return super().forward(x)
