@@ -140,6 +140,7 @@ def test_the_public_surface():
         "Moments",
         "RMSNorm",
         "batch_norm",
+        "explain",
         "group_norm",
         "instance_norm",
         "layer_norm",
