@@ -338,7 +338,12 @@ def test_no_more_is_kept_for_the_gradient_than_natively(name, dtype, offset):
         return
     reference = copy.deepcopy(layer)
     reference.__class__ = native
-    x = (torch.randn(8, *x.shape[1:]) + offset).to(dtype)
+    # Of few values in a half type it does not matter.
+    samples = 600 if dtype == torch.bfloat16 and PATHS[name][2] == LAYER else 8
+    x = torch.randn(samples, *x.shape[1:]) + offset
+    if samples > 8:  # so that no row of five has a small spread
+        x[..., 0] = 5.0
+    x = x.to(dtype)
     assert kept(layer, x) <= kept(reference, x)
 
 

@@ -179,12 +179,11 @@ def _shifted(plan: Plan, x: Array) -> tuple[Array, Array, Array, Array]:
     shape = _parted(plan, first).shape
     first = _for_all(plan, shape, of_groups(plan, first.astype(plan.wide)))
     wide, first = _pass(plan, x, first)
-    rest = average(plan, wide - first)
-    p = first + rest
+    p = first + average(plan, wide - first)
     # The same p wherever it is used: see Backend.constant.
     p = jnp.where(p > -jnp.inf, p, jnp.nan)
-    r = (first - p) + rest
-    wide, p, r = _pass(plan, x, p, r)
+    wide, p = _pass(plan, x, p)
+    r = average(plan, wide - p)
     variance, per_unit = _in_a_unit(plan, wide - p)
     return p, r, jnp.maximum(variance - (r * per_unit) ** 2, 0), per_unit
 

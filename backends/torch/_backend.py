@@ -63,7 +63,11 @@ class TorchBackend(Backend):
         dtype: DType,
     ) -> tuple[Array, Array | None, Array | None] | None:
         faster = self._faster()
-        return None if faster is None else faster.standardize(x, axes, scale, bias, eps, remember, dtype)
+        return (
+            None
+            if faster is None
+            else faster.standardize(x, axes, scale, bias, eps, remember, dtype)
+        )
 
     def normalize(
         self,
@@ -76,7 +80,9 @@ class TorchBackend(Backend):
         dtype: DType,
     ) -> Array | None:
         faster = self._faster()
-        return None if faster is None else faster.normalize(x, mean, variance, scale, bias, eps, dtype)
+        return (
+            None if faster is None else faster.normalize(x, mean, variance, scale, bias, eps, dtype)
+        )
 
     def rescale(
         self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType

@@ -82,12 +82,14 @@ def normalize(
     dtype: torch.dtype,
 ) -> Tensor:
     taken("fused, of given moments")
-    wide = functools.reduce(torch.promote_types, (x.dtype, mean.dtype, variance.dtype), torch.float32)
+    wide = functools.reduce(
+        torch.promote_types, (x.dtype, mean.dtype, variance.dtype), torch.float32
+    )
     factor = torch.rsqrt(variance.to(wide) + eps)
     if scale is not None and scale.shape == factor.shape:
         factor, scale = factor * scale.to(wide), None
-    (factor,) = _kept(factor)
-    y = (x.to(wide) - mean.to(wide)) * factor
+    mean, factor = _kept(mean.to(wide), factor)
+    y = (x.to(wide) - mean) * factor
     if scale is not None:
         y = y * scale.to(wide)
     return (y if bias is None else y + bias.to(wide)).to(dtype)
@@ -199,7 +201,7 @@ def _affine(
         if scale is None and bias is not None and bias.shape == shift.shape:
             shift, bias = shift - bias, None
     if _side_by_side(x, axes):
-        factor, shift = _kept(factor, shift)
+        rough, factor, shift = _kept(rough, factor, shift)
     y = _less(x, rough) * factor
     if shift is not None:
         y = y - shift
@@ -217,9 +219,9 @@ def _side_by_side(x: Tensor, axes: Axes) -> bool:
 def _kept(*given: Tensor | None) -> list[Tensor | None]:
     """The same in an array: Inductor computes again, for every value, what is in none."""
     found = [a for a in given if a is not None]
-    if any(a.shape != found[0].shape for a in found):
+    if len(found) == 1 or any(a.shape != found[0].shape for a in found):
         return list(given)
-    parts = iter(torch.cat(found + found[:1]).chunk(len(found) + 1))
+    parts = iter(torch.cat(found).chunk(len(found)))
     return [None if a is None else next(parts) for a in given]
 
 
@@ -235,9 +237,12 @@ _UNITS = {
 def _find(x: Tensor, axes: Axes, eps: float, centred: bool) -> Found:
     """The statistics of ``x``."""
     share = _share(x, axes)
-    rough = _rough(x, axes) if centred else None
+    rough, near = _rough(x, axes, centred)
     d = _less(x, rough)
-    squares = _total(d * d, axes) * share
+    if near is None:
+        squares = _total(d * d, axes) * share
+    else:
+        squares = near + _total(d * d - near, axes) * share
     rest = _total(d, axes) * share if centred else None
     offset, usual = rest, None
     large, unit, away = _UNITS[d.dtype]
@@ -273,22 +278,54 @@ def _in_units_of_x(found: Found) -> Tensor:
     return torch.where(found.usual, found.variance, deviation * deviation)
 
 
-def _rough(x: Tensor, axes: Axes) -> Tensor:
-    """The mean of an eighth of the values, as a constant."""
-    if x.dtype == torch.bfloat16 and statically_known_true(_count(x, axes) <= 4096):
-        # So few digits are left by any of the values, as long as there are not many.
-        for axis in axes:
-            x = x.narrow(axis, 0, 1)
-        return x.to(_wide(x.dtype)).detach()
+def _rough(x: Tensor, axes: Axes, centred: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The mean of an eighth of the values, and of their squares when it is subtracted: constants.
+
+    The first is None if the mean is not subtracted; the second, if it does not matter.
+    """
+    first, wide = x, _wide(x.dtype)
+    for axis in axes:
+        first = first.narrow(axis, 0, 1)
+    first = first.to(wide).detach() if centred else 0.0
+    short = _is_short(x, axes)
+    if short and (not centred or _has_few_digits(x, axes)):
+        return (first if centred else None), None
     for axis in axes:
         if statically_known_true(x.shape[axis] >= 8):
             x = x.narrow(axis, 0, -(-x.shape[axis] // 8))
             break
-    mean = x.to(_wide(x.dtype)).sum(axes, keepdim=True) * _share(x, axes)
-    if x.device.type != "cpu":
-        # See Backend.constant: a multiplication is not fused into a subtraction through this.
+    share = _share(x, axes)
+    # What is added up is near zero, or a sum in the order of the values would be far off.
+    d = x.detach().to(wide) - first
+    mean = d.sum(axes, keepdim=True) * share if centred else 0.0
+    if centred and x.device.type != "cpu":
+        # See Backend.constant: a multiplication is not fused into what follows through this.
         mean = torch.where(mean > -torch.inf, mean, torch.nan)
-    return mean.detach()
+    near = None if short else (d * d).sum(axes, keepdim=True) * share - mean * mean
+    return (first + mean if centred else None), near
+
+
+def _has_few_digits(x: Tensor, axes: Axes) -> bool:
+    """Whether any of the values is a rough mean, since x has few digits and not many values."""
+    return x.dtype == torch.bfloat16 and statically_known_true(_count(x, axes) <= 4096)
+
+
+def _is_short(x: Tensor, axes: Axes) -> bool:
+    """Whether squares may be added up as they are.
+
+    In float32 a sum in the order of the values drifts: that of the squares of numbers with few
+    digits loses a quarter of a unit at every other step, as a square has the remainder 0 or 1.
+    """
+    if x.dtype == torch.bfloat16 or statically_known_true(_count(x, axes) <= 256):
+        return True
+    # Inductor adds up sixteen rows of what lies side by side.
+    first, _ = _steps(x, axes)
+    last = x.ndim - 1
+    return (
+        last in first
+        and statically_known_true(x.stride(last) == 1)
+        and statically_known_true(_count(x, first) <= 4096)
+    )
 
 
 def _less(x: Tensor, rough: Tensor | None) -> Tensor:
@@ -311,20 +348,24 @@ def _count(x: Tensor, axes: Axes) -> Any:
 
 
 def _total(x: Tensor, axes: Axes) -> Tensor:
-    """The sum over ``axes``, which are kept; in two steps where it is long.
+    """The sum over ``axes``, which are kept."""
+    for step in _steps(x, axes):
+        if step:
+            x = x.sum(step, keepdim=True)
+    return x
+
+
+def _steps(x: Tensor, axes: Axes) -> tuple[Axes, Axes]:
+    """The axes to sum over in a first step and in a second, which may have none.
 
     The first goes along what lies side by side in memory. Neither is so long that it would lose
     digits, or that Inductor would take precautions that cost more than another step does.
     """
-    first = [a for i, a in enumerate(axes) if axes[i:] == tuple(range(a, x.ndim))] or [*axes[1:]]
-    while len(first) > 1 and statically_known_true(
-        math.prod([x.shape[axis] for axis in first]) > 4096
-    ):
-        del first[0]
-    for step in (first, [axis for axis in axes if axis not in first]):
-        if step:
-            x = x.sum(step, keepdim=True)
-    return x
+    first = tuple(a for i, a in enumerate(axes) if axes[i:] == tuple(range(a, x.ndim)))
+    first = first or axes[1:] or axes
+    while len(first) > 1 and statically_known_true(_count(x, first) > 4096):
+        first = first[1:]
+    return first, tuple(axis for axis in axes if axis not in first)
 
 
 def _sum_to(x: Tensor, shape: Iterable[int]) -> Tensor:

@@ -149,9 +149,12 @@ def rows(
         return _unread.rows(x, shape, w, b, eps)
 
     def kernel(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if w is not None and x.dtype != w.dtype:
+        if w is None or x.dtype == w.dtype:
+            return torch.native_layer_norm(x, shape, w, b, eps)
+        if x.numel() > _FEW_IN_ALL:
             return centred_rows(x, w, b, shape, eps)
-        return torch.native_layer_norm(x, shape, w, b, eps)
+        y, mean, rstd = torch.native_layer_norm(x.to(w.dtype), shape, w, b, eps)
+        return y.to(x.dtype), mean, rstd
 
     return _around(x, "native_layer_norm", kernel, lambda a: a)
 
