@@ -59,6 +59,8 @@ def promoted(x: Array, *others: Array | None, dtype: DType | None) -> tuple[Arra
     # Promotion is these layers' documented rule, so strict mode has nothing to warn of.
     with jax.numpy_dtype_promotion("standard"):
         dtype = canonicalize_dtype(x, *others, dtype=dtype)
+        if x.dtype == dtype:  # the engine widens it itself, where it passes over it
+            return x, dtype
         wide = jnp.promote_types(jnp.promote_types(x.dtype, dtype), jnp.float32)
     return x.astype(wide), dtype
 

@@ -17,7 +17,7 @@ except ImportError:  # the plain engine does as well, slower
 
 # TensorFlow adds the values along the first axes one after the other. Up to so many of them in
 # float32 that loses no digit of what is summed here; then it does.
-_MANY = 2**20
+_MANY = 2**12
 
 
 class TensorFlowBackend(Backend):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from normkit._explain import taken
+from normkit._explain import declined, taken
 
 Axes = tuple[int, ...]
 
@@ -63,7 +63,9 @@ def standardize(
     eps: float,
     remember: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    if _is_empty(x):
+        return declined("x is empty")
     found = _find(x, axes, eps, centred=True)
     y = _apply(x, axes, scale, bias, eps, dtype, found)
     if not remember:
@@ -95,8 +97,16 @@ def normalize(
     return (y if bias is None else y + bias.to(wide)).to(dtype)
 
 
-def rescale(x: Tensor, axes: Axes, scale: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+def rescale(
+    x: Tensor, axes: Axes, scale: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor | None:
+    if _is_empty(x):
+        return declined("x is empty")
     return _apply(x, axes, scale, None, eps, dtype, _find(x, axes, eps, centred=False))
+
+
+def _is_empty(x: Tensor) -> bool:
+    return any(statically_known_true(n == 0) for n in x.shape)
 
 
 def _apply(
@@ -158,7 +168,8 @@ def _gradients(
     rough, rest, _, rstd, _ = found
     u, d = g.to(rstd.dtype), _less(x, rough)
     # First over the axes along which there is one scale: gradients of all kinds come from that.
-    alone = tuple(a for a in axes if scale is None or scale.shape[a] == 1)
+    given = [shape for shape in (None if scale is None else scale.shape, bias) if shape is not None]
+    alone = tuple(a for a in axes if all(shape[a] == 1 for shape in given))
     along = tuple(a for a in axes if a not in alone)
     du, total = _total(u * d, alone), _total(u, alone)
     dy = du if rest is None else du - rest * total  # sums of u * (x - mean)

@@ -46,7 +46,9 @@ class _Standardized(Function):
         rstd = torch.rsqrt(variance + ctx.eps)
         asked = list(ctx.needs_input_grad[:3])
         if asked[0] and not _is_differentiable(g) and _are_images(x):
-            return *_of_images(g, x, weight, mean, variance, rstd, ctx.eps), None, None, None
+            found = _of_images(g, x, weight, mean, variance, rstd, ctx.eps)
+            found = (a if want else None for a, want in zip(found, asked, strict=True))
+            return *found, None, None, None
         found = torch.ops.aten.native_batch_norm_backward(
             g, x, weight, mean, variance, mean, rstd, True, ctx.eps, asked
         )

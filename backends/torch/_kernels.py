@@ -27,8 +27,9 @@ from ._gradients import centred_rows, scaled, standardized, wanted
 from ._moments import (
     are_rows,
     inverse_root,
-    is_finite,
     is_near,
+    is_usual,
+    is_usual_inverse,
     moments,
     of_batch,
     second,
@@ -65,6 +66,8 @@ _NEAR_GIVEN = {
 # So few values a channel are added up well by the kernel of BatchNorm, one after the other; and so
 # few values in all that it does not matter how slowly it does that where channels are second.
 _FEW, _FEW_IN_ALL = 1024, 2**14
+_LEAST = 2.0**-80  # for the same reason, of eps where squares may be zero
+_UNUSUAL = "squares overflow or vanish, or a value is no number"
 _CUBABLE = 2.0**32  # up to here the cube of rstd, in its derivative, has all its digits
 
 
@@ -186,8 +189,8 @@ def _around(
     """``kernel`` of ``x``, or of ``x`` less its mean, of which ``each`` value has its own."""
     y, mean, rstd = kernel(x)
     mean, rstd = mean.detach(), rstd.detach()
-    if not rstd.min().item() > 0:
-        return declined("squares overflow, or a value is no number")
+    if not is_usual_inverse(rstd):
+        return declined(_UNUSUAL)
     far = mean.mul(rstd).abs_()
     if not far.max().item() <= _NEAR:
         # Group by group, so that none depends on the others.
@@ -226,7 +229,7 @@ def batch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
         return _unread.batch(x, w, b, eps)
     if _are_few(x):
         y, mean, spread = of_batch(x, w, b, eps)
-        if is_near(mean, spread, eps, _NEAR) and is_finite(spread):
+        if is_near(mean, spread, eps, _NEAR) and is_usual(spread):
             taken("native_batch_norm")
             return y, mean, spread, 1
         del y
@@ -237,8 +240,15 @@ def batch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
         offset = unless(mean * mean <= trusted(x) ** 2 * (spread + eps), mean)
         found = _unread.less(x, offset)
         mean, spread = moments(found)
-    if not is_finite(spread):
-        return declined("squares overflow, or a value is no number")
+        if not is_near(mean, spread, eps, trusted(x)):
+            # Values beside whose mean rounding is larger than their spread: equal ones, above all.
+            offset = offset + mean
+            found = _unread.less(x, offset)
+            mean, spread = moments(found)
+            if not is_near(mean, spread, eps, trusted(x)):
+                return declined("the mean is too large beside the spread, or is no number")
+    if not is_usual(spread):
+        return declined(_UNUSUAL)
     taken("batch_norm of moments")
     whole = offset + mean
     if found.dtype != x.dtype and is_near(whole, spread, eps, _NEAR_GIVEN[x.dtype]):
@@ -293,13 +303,13 @@ def root_mean_square(x: Tensor, shape: Axes, weight: Tensor | None, eps: float) 
     w, _ = parameters(x, shape, weight, None)
     if not readable(x):
         return _unread.root_mean_square(x, shape, w, eps)
-    few = x.numel() <= _FEW_IN_ALL
+    few = x.numel() <= _FEW_IN_ALL and eps >= _LEAST
     if few and torch.linalg.vector_norm(x.detach(), torch.inf).item() < _CUBABLE:
         taken("rms_norm")
         return torch.rms_norm(x.to(WIDE[x.dtype]), shape, w, eps).to(x.dtype)
     rstd = inverse_root(x.detach().view(-1, math.prod(shape)), eps)
-    if not rstd.min().item() > 0:
-        return declined("squares overflow, or a value is no number")
+    if not is_usual_inverse(rstd):
+        return declined(_UNUSUAL)
     taken("vector_norm")
     return scaled(x, w, rstd, eps)
 

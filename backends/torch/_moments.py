@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -52,8 +51,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     images = x.flatten(2)
     count = x.numel() // x.shape[1]
     mean = images.sum(2).sum(0).div_(count)
-    norms = torch.linalg.vector_norm(images, dim=2)
-    squares = norms.square_().sum(0).div_(count)
+    squares = _squares(images, x.dtype).sum(0).div_(count)
     return mean, squares.addcmul_(mean, mean, value=-1).clamp_(min=0)
 
 
@@ -118,9 +116,23 @@ def of_batch(
 def inverse_root(rows: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x * x) + eps) of each row, in float32 at least."""
     wide = rows.dtype if rows.dtype in _WIDE else torch.float32
-    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide)
-    start = torch.full((), eps, dtype=wide)
-    return torch.addcmul(start, norm, norm, value=1 / rows.shape[-1]).rsqrt_()
+    return _squares(rows, wide).unsqueeze(-1).div_(rows.shape[-1]).add_(eps).rsqrt_()
+
+
+def _squares(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of squares along the last axis.
+
+    A norm adds up one value after the other: in parts, so that its error does not grow with them.
+    """
+    length = rows.shape[-1]
+    whole = length - length % _BLOCK
+    if whole <= _BLOCK:
+        return torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).square_()
+    parts = rows[..., :whole].unflatten(-1, (-1, _BLOCK))
+    squares = torch.linalg.vector_norm(parts, dim=-1, dtype=dtype).square_().sum(-1)
+    if whole < length:
+        squares += torch.linalg.vector_norm(rows[..., whole:], dim=-1, dtype=dtype).square_()
+    return squares
 
 
 def is_near(mean: Tensor, variance: Tensor, eps: float, limit: float) -> bool:
@@ -129,8 +141,15 @@ def is_near(mean: Tensor, variance: Tensor, eps: float, limit: float) -> bool:
     return bool(least >= -eps)
 
 
-def is_finite(variance: Tensor) -> bool:
-    return bool(variance.max().item() < math.inf)
+def is_usual(variance: Tensor) -> bool:
+    """Whether the powers of it that derivatives need are numbers (not if it is NaN)."""
+    return bool(variance.max().item() < 2.0**80)
+
+
+def is_usual_inverse(rstd: Tensor) -> bool:
+    """The same of 1 / sqrt(variance + eps)."""
+    least, largest = torch.aminmax(rstd)
+    return bool(least.item() > 2.0**-40) and bool(largest.item() < 2.0**40)
 
 
 def unless(near: Tensor, mean: Tensor) -> Tensor:
