@@ -32,7 +32,12 @@ class Backend:
     @property
     def paths(self) -> Mapping[str, str]:
         """Its faster paths: a name for each, and a line that says what it takes."""
-        return {}
+        return {} if self.kernels is None else self.kernels.PATHS
+
+    @property
+    def kernels(self) -> Any:
+        """The module of its faster paths; None if there is none. See :meth:`standardize`."""
+        return None
 
     def check(self, x: Array) -> None:
         """Refuse an array of a kind that the engine cannot work on."""
@@ -87,9 +92,10 @@ class Backend:
         return self.xp.reshape(x, (*shape[:axis], length, *shape[axis + 2 :]))
 
     # Three operations that a backend may do faster than the engine, out of its framework's own
-    # primitives. Each does what the engine's function of the same name does, without weights; or
+    # primitives: functions of these names in the module `kernels`, whose last argument is the
+    # backend. Each does what the engine's function of the same name does, without weights; or
     # returns None, and the engine does it. Arguments that broadcast have the rank of x. Either way
-    # it says so, for nk.explain: `taken(path)` with one of `paths`, or `return declined(why)`.
+    # it says so, for nk.explain: `taken(path)` with one of `PATHS`, or `return declined(why)`.
 
     def standardize(
         self,
@@ -102,7 +108,12 @@ class Backend:
         dtype: DType,
     ) -> tuple[Array, Array | None, Array | None] | None:
         """The result; and if they are to be remembered, mean and variance (reduced axes kept)."""
-        return None
+        if self.kernels is None:
+            return None
+        found: tuple[Array, Array | None, Array | None] | None = self.kernels.standardize(
+            x, axes, scale, bias, eps, remember, dtype, self
+        )
+        return found
 
     def normalize(
         self,
@@ -115,13 +126,17 @@ class Backend:
         dtype: DType,
     ) -> Array | None:
         """The result, with statistics that are given."""
-        return None
+        if self.kernels is None:
+            return None
+        return self.kernels.normalize(x, mean, variance, scale, bias, eps, dtype, self)
 
     def rescale(
         self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType
     ) -> Array | None:
         """``x`` divided by its root mean square over ``axes``, times ``scale``."""
-        return None
+        if self.kernels is None:
+            return None
+        return self.kernels.rescale(x, axes, scale, eps, dtype, self)
 
     def is_floating(self, dtype: DType) -> bool:
         """Whether ``dtype`` is a real floating-point type of this library."""

@@ -94,7 +94,7 @@ class Moments(NamedTuple):
         count = a + b
         share = _ratio(b, count, self.mean.dtype, backend)
         delta = (other.mean - self.mean) + (other.remainder - self.remainder)
-        mean, remainder = _two_sum(self.mean, self.remainder + delta * share)
+        mean, remainder = two_sum(self.mean, self.remainder + delta * share)
         # delta last, so that its square cannot overflow where its share is zero.
         between = delta * (share * (1 - share)) * delta
         variance = self.variance + (other.variance - self.variance) * share + between
@@ -212,7 +212,7 @@ def centre(
     shifted = select(x - rough_mean, weights, backend)
     rest = average(shifted)
     found = spread(select(shifted - rest, weights, backend), average, backend)
-    mean, remainder = _two_sum(rough_mean, rest)
+    mean, remainder = two_sum(rough_mean, rest)
     return found, Moments(count, mean, _in_units_of_x(found, backend), remainder)
 
 
@@ -226,7 +226,7 @@ def spread(values: Array, average: Average, backend: Backend) -> Centred:
     with backend.quiet():
         squares = values * values
         rough = backend.constant(average(squares))
-        large, per_unit_of_large = _LARGE[rough.dtype == xp.float32]
+        large, per_unit_of_large = LARGE["float32" if rough.dtype == xp.float32 else "float64"]
         usual = rough < large
         per_unit: Array | float = 1.0
         if not (backend.is_visible(usual) and bool(xp.all(usual))):
@@ -238,9 +238,9 @@ def spread(values: Array, average: Average, backend: Backend) -> Centred:
     return Centred(values, rough + average(squares - rough), per_unit)
 
 
-# Of float64 and of float32: the variance from which on there is another unit, and what values are
-# multiplied by to be in it. Their squares are then finite, and far from zero.
-_LARGE = ((2.0**640, 2.0**-640), (2.0**80, 2.0**-80))
+# The variance from which on there is another unit, and what values are multiplied by to be in it.
+# Their squares are then finite, and far from zero.
+LARGE = {"float32": (2.0**80, 2.0**-80), "float64": (2.0**640, 2.0**-640)}
 
 
 def _in_units_of_x(found: Centred, backend: Backend) -> Array:
@@ -281,7 +281,7 @@ def averaging(
     return total, lambda a: backend.quotient(backend.total(a * weights, axes), divisor)
 
 
-def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """``a + b`` as it is rounded, and what rounding left, where ``a`` is the larger one."""
     total = a + b
     return total, b - (total - a)

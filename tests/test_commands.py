@@ -80,9 +80,8 @@ def test_bench_measures_every_cell(name, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("normkit._commands.bench._SECONDS", {"full": 0.01})
     files = tmp_path / "found.json", tmp_path / "found.png"
     dtypes = ("float32",) if name == "torch" else FRAMEWORKS[name].dtypes  # it compiles for long
-    monkeypatch.setitem(FRAMEWORKS, name, replace(FRAMEWORKS[name], dtypes=dtypes))
-    for other in FRAMEWORKS.keys() - {name}:
-        monkeypatch.delitem(FRAMEWORKS, other)
+    alone = {name: replace(FRAMEWORKS[name], dtypes=dtypes)}
+    monkeypatch.setattr(frameworks, "FRAMEWORKS", alone)
     modes = FRAMEWORKS[name].modes
     options = ["--framework", name, "--json", str(files[0]), "--plot", str(files[1])]
     options += [word for layer in SMALL for word in ("--layer", layer)]
@@ -118,8 +117,8 @@ def test_what_is_missing_is_named(monkeypatch, capsys):
 
 
 def test_a_framework_that_fails_is_not_passed_over(monkeypatch, capsys):
-    monkeypatch.delitem(FRAMEWORKS, "numpy-numba")
-    monkeypatch.setitem(FRAMEWORKS, "numpy", Framework("no_such_adapter", ("numpy",), ("plain",)))
+    broken = {"numpy": Framework("no_such_adapter", ("numpy",), ("plain",))}
+    monkeypatch.setattr(frameworks, "FRAMEWORKS", broken)
     for name in ("check", "bench"):
         assert command.main([name, "--framework", "numpy"]) == 1
         assert "No module named 'normkit.no_such_adapter'" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,20 +9,17 @@ import jax.numpy as xp
 from jax.export import is_symbolic_dim
 
 from normkit._backend import Array, Backend, Count, DType
-from normkit._explain import declined
 
 try:
     from . import _kernels
 except ImportError:  # the plain engine does as well, slower
     _kernels = None
 
-_WITHOUT = "normkit.jax._kernels is missing"
-
 
 class JaxBackend(Backend):
     @property
-    def paths(self) -> Mapping[str, str]:
-        return {} if _kernels is None else _kernels.PATHS
+    def kernels(self) -> Any:
+        return _kernels
 
     def total(self, x: Array, axes: tuple[int, ...]) -> Array:
         # XLA adds up in parts, and in a tree of them.
@@ -46,40 +42,6 @@ class JaxBackend(Backend):
         # Exported functions may have lengths that are symbols, and cannot be compared.
         size = super().size(x, axes)
         return xp.asarray(size) if is_symbolic_dim(size) else size
-
-    def standardize(
-        self,
-        x: Array,
-        axes: tuple[int, ...],
-        scale: Array | None,
-        bias: Array | None,
-        eps: float,
-        remember: bool,
-        dtype: DType,
-    ) -> tuple[Array, Array | None, Array | None] | None:
-        if _kernels is None:
-            return declined(_WITHOUT)
-        wide = self.statistics_dtype(x.dtype)
-        return _kernels.standardize(x, axes, scale, bias, eps, remember, dtype, wide)
-
-    def normalize(
-        self,
-        x: Array,
-        mean: Array,
-        variance: Array,
-        scale: Array | None,
-        bias: Array | None,
-        eps: float,
-        dtype: DType,
-    ) -> Array | None:
-        return declined("with statistics that are given, XLA makes one pass of the engine")
-
-    def rescale(
-        self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType
-    ) -> Array | None:
-        if _kernels is None:
-            return declined(_WITHOUT)
-        return _kernels.rescale(x, axes, scale, eps, dtype, self.statistics_dtype(x.dtype))
 
     def statistics_dtype(self, *dtypes: DType) -> DType:
         # This promotion is the package's own rule: where JAX' is strict, there is no mistake.

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.export import is_symbolic_dim
 
+from normkit._statistics import LARGE
+
 Axes = tuple[int, ...]
 
 # Up to here, mean / deviation costs no digit of mean(x * x) - mean(x)**2 that anyone will miss.
@@ -142,8 +144,7 @@ def centred(plan: Plan, x: Array, found: Statistics, *small: Any) -> tuple[Any, 
 
 
 def _large(plan: Plan) -> tuple[float, float]:
-    """The variance from which on there is another unit, and what is multiplied by to be in it."""
-    return (2.0**80, 2.0**-80) if plan.wide == jnp.float32 else (2.0**640, 2.0**-640)
+    return LARGE[plan.wide.name]
 
 
 def _taken(plan: Plan, x: Array) -> tuple[Array, Array, Array, Array]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, core, errors, lax
 from jax.export import is_symbolic_dim
 
+from normkit._backend import Backend
 from normkit._explain import declined, taken
 
 from ._kernel_statistics import (
@@ -52,9 +53,9 @@ def standardize(
     eps: float,
     remember: bool,
     dtype: Any,
-    wide: Any,
+    backend: Backend,
 ) -> tuple[Array, Array | None, Array | None] | None:
-    plan = _plan(x, axes, (scale, bias), True, eps, dtype, wide)
+    plan = _plan(x, axes, (scale, bias), True, eps, dtype, backend.statistics_dtype(x.dtype))
     if plan is None:
         return None
     shape, x = x.shape, joined(plan, x)
@@ -66,10 +67,23 @@ def standardize(
     return y, of_groups(plan, found.p + found.r), of_groups(plan, found.variance)
 
 
+def normalize(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    scale: Array | None,
+    bias: Array | None,
+    eps: float,
+    dtype: Any,
+    backend: Backend,
+) -> None:
+    return declined("with statistics that are given, XLA makes one pass of the engine")
+
+
 def rescale(
-    x: Array, axes: Axes, scale: Array | None, eps: float, dtype: Any, wide: Any
+    x: Array, axes: Axes, scale: Array | None, eps: float, dtype: Any, backend: Backend
 ) -> Array | None:
-    plan = _plan(x, axes, (scale,), False, eps, dtype, wide)
+    plan = _plan(x, axes, (scale,), False, eps, dtype, backend.statistics_dtype(x.dtype))
     if plan is None:
         return None
     shape, x = x.shape, joined(plan, x)

@@ -21,8 +21,8 @@ _FLOATING = frozenset(map(np.dtype, ("float16", "float32", "float64")))
 
 class NumPyBackend(Backend):
     @property
-    def paths(self) -> Mapping[str, str]:
-        return {} if _kernels is None else _kernels.PATHS
+    def kernels(self) -> Any:
+        return _kernels
 
     def is_floating(self, dtype: DType) -> bool:
         if dtype in _FLOATING:  # to look at its name takes NumPy microseconds
@@ -35,41 +35,6 @@ class NumPyBackend(Backend):
 
     def is_visible(self, x: Array) -> bool:
         return True
-
-    def standardize(
-        self,
-        x: Array,
-        axes: tuple[int, ...],
-        scale: Array | None,
-        bias: Array | None,
-        eps: float,
-        remember: bool,
-        dtype: DType,
-    ) -> tuple[Array, Array | None, Array | None] | None:
-        if _kernels is None:
-            return None
-        return _kernels.standardize(x, axes, scale, bias, eps, remember, dtype, self)
-
-    def normalize(
-        self,
-        x: Array,
-        mean: Array,
-        variance: Array,
-        scale: Array | None,
-        bias: Array | None,
-        eps: float,
-        dtype: DType,
-    ) -> Array | None:
-        if _kernels is None:
-            return None
-        return _kernels.normalize(x, mean, variance, scale, bias, eps, dtype)
-
-    def rescale(
-        self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType
-    ) -> Array | None:
-        if _kernels is None:
-            return None
-        return _kernels.rescale(x, axes, scale, eps, dtype, self)
 
     def backward(
         self,

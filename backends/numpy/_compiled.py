@@ -10,12 +10,9 @@ from numpy.typing import NDArray
 
 from . import _numba, _sweeps
 from ._layout import COLUMNS, FEATURES, Axes
+from ._space import LIMIT
 from ._sweeps import Given, View
 from ._threads import Share, shares, together
-
-# Where the variance is larger, squares overflow, which of float32 they do not in float64; or what
-# derivatives are made of underflows.
-_LIMIT = {np.dtype(np.float32): 2.0**80, np.dtype(np.float64): 2.0**640}
 
 
 def standardize(
@@ -43,7 +40,7 @@ def standardize(
             _share(loop, mean.size, x, y, scale, bias, eps, *options, mean, variance)
         if compute == np.float32:
             return mean, variance, np.zeros(mean.shape, bool)
-        return mean, variance, ~(variance <= _LIMIT[compute])
+        return mean, variance, ~(variance <= LIMIT[compute])
 
 
 def normalize(
@@ -81,7 +78,7 @@ def backward(
     compute: np.dtype,
 ) -> tuple[NDArray, NDArray] | None:
     """See ``_blocks.py``."""
-    limit = _LIMIT[compute]
+    limit = LIMIT[compute]
     with np.errstate(all="ignore"):
         if form == COLUMNS:
             view = _Columns(x.shape, compute)

@@ -76,6 +76,7 @@ def normalize(
     bias: Given,
     eps: float,
     dtype: DTypeLike,
+    backend: Backend,
 ) -> Given:
     if any(p is not None and p.shape != mean.shape for p in (variance, scale, bias)):
         return declined("statistics and parameters are not of one shape")

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from normkit._statistics import LARGE
+
 from ._layout import Axes
 
 Given = NDArray | None
@@ -18,7 +20,7 @@ BLOCK = 2**17
 # So many are added up at once in the dtype of the values, one after the other or in rows.
 ROWS_AT_ONCE, _PIECE = 2**10, 2**13
 # Where the variance is larger, squares overflow, or what derivatives are made of underflows.
-LIMIT = {np.dtype(np.float32): 2.0**80, np.dtype(np.float64): 2.0**640}
+LIMIT = {np.dtype(name): variance for name, (variance, _) in LARGE.items()}
 
 
 @contextmanager

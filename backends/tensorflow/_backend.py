@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 
-from normkit._backend import Array, Backend, Count, DType
+from normkit._backend import Array, Backend, Count
 
 from . import _namespace as xp
 
@@ -24,8 +24,8 @@ class TensorFlowBackend(Backend):
     library = "tensorflow"
 
     @property
-    def paths(self) -> Mapping[str, str]:
-        return {} if _kernels is None else _kernels.PATHS
+    def kernels(self) -> Any:
+        return _kernels
 
     def check(self, x: Array) -> None:
         if isinstance(x, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices):
@@ -72,41 +72,6 @@ class TensorFlowBackend(Backend):
         lengths = _lengths(x)
         length = lengths[axis] * lengths[axis + 1]
         return tf.reshape(x, (*lengths[:axis], length, *lengths[axis + 2 :]))
-
-    def standardize(
-        self,
-        x: Array,
-        axes: tuple[int, ...],
-        scale: Array | None,
-        bias: Array | None,
-        eps: float,
-        remember: bool,
-        dtype: DType,
-    ) -> tuple[Array, Array | None, Array | None] | None:
-        if _kernels is None:
-            return None
-        return _kernels.standardize(x, axes, scale, bias, eps, remember, dtype, self)
-
-    def normalize(
-        self,
-        x: Array,
-        mean: Array,
-        variance: Array,
-        scale: Array | None,
-        bias: Array | None,
-        eps: float,
-        dtype: DType,
-    ) -> Array | None:
-        if _kernels is None:
-            return None
-        return _kernels.normalize(x, mean, variance, scale, bias, eps, dtype)
-
-    def rescale(
-        self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType
-    ) -> Array | None:
-        if _kernels is None:
-            return None
-        return _kernels.rescale(x, axes, scale, eps, dtype, self)
 
     def is_visible(self, x: Array) -> bool:
         # While a function is traced nothing can be read, not even the eager tensors it closes over:

@@ -78,6 +78,7 @@ def normalize(
     bias: Tensor | None,
     eps: float,
     dtype: tf.DType,
+    backend: Backend,
 ) -> Tensor | None:
     inputs = {"mean": mean, "variance": variance, "scale": scale, "bias": bias}
     inputs = {name: p for name, p in inputs.items() if p is not None}

@@ -8,15 +8,13 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from normkit._backend import Backend
+from normkit._statistics import LARGE, two_sum
 
 from ._sums import average, compiled
 from ._views import Tensor, View
 
 # Up to here, |mean| / sqrt(variance + eps) costs no digit that the result would have.
 _NEAR = 4.0
-# The variance from which on squares are taken in another unit, and what values are multiplied by
-# to be in it, as in normkit/_statistics.py.
-_LARGE = {tf.float32: (2.0**80, 2.0**-80), tf.float64: (2.0**640, 2.0**-640)}
 # What the operation for columns takes.
 _FUSED = (tf.float16, tf.bfloat16, tf.float32)
 
@@ -50,37 +48,42 @@ def moments(x: Tensor, v: View, eps: float, subtract: bool, backend: Backend) ->
     """
     dtype = backend.statistics_dtype(x.dtype)
     values = tf.cast(x, dtype)
-    rough, rest = None, tf.zeros((), dtype)
+    rough, rest = None, None
     if subtract:
         mean = average(values, v)
         rough = backend.constant(tf.cast(mean, dtype))
         rest = tf.cast(mean - tf.cast(rough, mean.dtype), dtype)
         values = values - rough
     squares = tf.cast(average(tf.square(values), v), dtype)
-    large, per_unit_of_large = _LARGE[dtype]
+    large, per_unit_of_large = LARGE[dtype.name]
     near = squares < large
     if rough is not None:
         near &= tf.square(rough) <= _NEAR**2 * (squares + eps)
     usual = tf.reduce_all(near)
 
-    def once() -> tuple[Tensor, ...]:
-        return rest + tf.zeros_like(squares), squares, tf.math.rsqrt(squares + eps)
+    def once() -> tuple[Any, Tensor, Tensor]:
+        parts = () if rough is None else (rough, rest)
+        return parts, squares, tf.math.rsqrt(squares + eps)
 
-    def again() -> tuple[Tensor, ...]:
+    def again() -> tuple[Any, Tensor, Tensor]:
         one = tf.ones_like(squares)
         per_unit = tf.where(squares < large, one, per_unit_of_large * one)
-        values, rest = tf.cast(x, dtype), tf.zeros_like(squares)
+        values, parts = tf.cast(x, dtype), ()
         if rough is not None:
             values = values - rough
             rest = backend.constant(tf.cast(average(values, v), dtype))
             values = values - rest
+            # What is left of the mean is now small: of equal values there is nothing, and nothing
+            # that rounding leaves of its product with rstd.
+            parts = two_sum(rough, rest)
         variance = tf.cast(average(tf.square(values * per_unit), v), dtype)
         rstd = tf.math.rsqrt(variance + eps * per_unit * per_unit) * per_unit
         # Not divided twice by the unit: a compiler would divide once, by a square that is zero.
         deviation = tf.sqrt(tf.where(per_unit == 1, one, variance)) / per_unit
-        return rest, tf.where(per_unit == 1, variance, deviation * deviation), rstd
+        return parts, tf.where(per_unit == 1, variance, deviation * deviation), rstd
 
-    rest, variance, rstd = _either(usual, once, again)
+    parts, variance, rstd = _either(usual, once, again)
+    rough, rest = parts or (None, tf.zeros_like(variance))
     return Found(x, rough, rest, usual, variance, rstd)
 
 

@@ -28,6 +28,10 @@ class TorchBackend(Backend):
         found = [module.PATHS for module in (_kernels, _fused) if module is not None]
         return {name: line for paths in found for name, line in paths.items()}
 
+    @property
+    def kernels(self) -> Any:
+        return _fused if torch.compiler.is_compiling() else _kernels
+
     def check(self, x: Array) -> None:
         if not isinstance(x, torch.Tensor):
             msg = (
@@ -51,47 +55,6 @@ class TorchBackend(Backend):
             # See Backend.constant: a multiplication is not fused into a subtraction through this.
             x = torch.where(x > -torch.inf, x, torch.nan)
         return x.detach()
-
-    def standardize(
-        self,
-        x: Array,
-        axes: tuple[int, ...],
-        scale: Array | None,
-        bias: Array | None,
-        eps: float,
-        remember: bool,
-        dtype: DType,
-    ) -> tuple[Array, Array | None, Array | None] | None:
-        faster = self._faster()
-        return (
-            None
-            if faster is None
-            else faster.standardize(x, axes, scale, bias, eps, remember, dtype)
-        )
-
-    def normalize(
-        self,
-        x: Array,
-        mean: Array,
-        variance: Array,
-        scale: Array | None,
-        bias: Array | None,
-        eps: float,
-        dtype: DType,
-    ) -> Array | None:
-        faster = self._faster()
-        return (
-            None if faster is None else faster.normalize(x, mean, variance, scale, bias, eps, dtype)
-        )
-
-    def rescale(
-        self, x: Array, axes: tuple[int, ...], scale: Array | None, eps: float, dtype: DType
-    ) -> Array | None:
-        faster = self._faster()
-        return None if faster is None else faster.rescale(x, axes, scale, eps, dtype)
-
-    def _faster(self) -> Any:
-        return _fused if torch.compiler.is_compiling() else _kernels
 
     def statistics_dtype(self, *dtypes: DType) -> DType:
         # Of dtypes alone: torch.result_type makes tensors of them, which Dynamo does not allow.

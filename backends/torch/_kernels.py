@@ -14,15 +14,27 @@ Of half types the kernels compute in float32, if parameters and statistics are g
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from normkit._backend import Backend
 from normkit._explain import declined, taken
 
 from . import _unread
-from ._fit import WIDE, fit, readable
+from ._fit import (
+    WIDE,
+    Axes,
+    are_one_a_channel,
+    fit,
+    flat,
+    last,
+    lie_along,
+    parameters,
+    readable,
+    values_along,
+)
 from ._gradients import centred_rows, scaled, standardized, wanted
 from ._moments import (
     are_rows,
@@ -37,7 +49,6 @@ from ._moments import (
     unless,
 )
 
-Axes = tuple[int, ...]
 Found = tuple[Tensor, Tensor | None, Tensor | None]
 Batch = tuple[Tensor, Tensor, Tensor, int]
 Kernel = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -66,9 +77,10 @@ _NEAR_GIVEN = {
 # So few values a channel are added up well by the kernel of BatchNorm, one after the other; and so
 # few values in all that it does not matter how slowly it does that where channels are second.
 _FEW, _FEW_IN_ALL = 1024, 2**14
-_LEAST = 2.0**-80  # for the same reason, of eps where squares may be zero
+# With an eps from the first on, and values up to the second, the cube of 1 / sqrt(squares + eps),
+# in the derivative of `rms_norm`, has all its digits.
+_LEAST, _CUBABLE = 2.0**-80, 2.0**32
 _UNUSUAL = "squares overflow or vanish, or a value is no number"
-_CUBABLE = 2.0**32  # up to here the cube of rstd, in its derivative, has all its digits
 
 
 def standardize(
@@ -79,27 +91,28 @@ def standardize(
     eps: float,
     remember: bool,
     dtype: torch.dtype,
+    backend: Backend,
 ) -> Found | None:
     if not fit(x, dtype, scale, bias):
         return None
     given = [p for p in (scale, bias) if p is not None]
     kept = [axis for axis in range(x.ndim) if axis not in axes]
-    if len(kept) == 1 and all(tuple(p.shape) == _shape(x, kept[0]) for p in given):
-        return channels(x, kept[0], _flat(scale), _flat(bias), eps)
+    if len(kept) == 1 and all(tuple(p.shape) == values_along(x, kept[0]) for p in given):
+        return channels(x, kept[0], flat(scale), flat(bias), eps)
     if remember:  # these give rstd, in which a variance below eps has few digits
         return declined("statistics of samples are to be remembered")
     if axes != tuple(range(x.ndim - len(axes), x.ndim)) or not x.is_contiguous():
         return declined("the axes are not the last ones of a contiguous tensor")
     y = None
-    along = _lie_along(axes, given)
+    along = lie_along(axes, given)
     whole = along and all(p.shape[len(kept) :] == x.shape[len(kept) :] for p in given)
-    if len(kept) == 2 and not whole and _are_one_a_channel(x, given):
+    if len(kept) == 2 and not whole and are_one_a_channel(x, given):
         size = next(p.shape[2] for p in given)
         merged = x.view(x.shape[0], x.shape[1] * size, -1)
-        y = groups(merged, x.shape[1], _flat(scale), _flat(bias), eps)
+        y = groups(merged, x.shape[1], flat(scale), flat(bias), eps)
     elif along:
         shape = x.shape[axes[0] :]
-        y = rows(x, shape, _last(scale, shape), _last(bias, shape), eps)
+        y = rows(x, shape, last(scale, shape), last(bias, shape), eps)
     else:
         declined("parameters lie along other axes than the kernels have them")
     return None if y is None else (y.view(x.shape), None, None)
@@ -113,30 +126,30 @@ def normalize(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    backend: Backend,
 ) -> Tensor | None:
     if not fit(x, dtype, mean, variance, scale, bias):
         return None
     given = [p for p in (mean, variance, scale, bias) if p is not None]
     long = [axis for axis, n in enumerate(mean.shape) if n > 1] or [1]
-    shape = _shape(x, long[0])
+    shape = values_along(x, long[0])
     if any(tuple(p.shape) != shape for p in given):
         return declined("what is given has not one value a channel")
-    flat = (_flat(p) for p in (mean, variance, scale, bias))
-    return given_moments(x, long[0], *flat, eps)
+    each = (flat(p) for p in (mean, variance, scale, bias))
+    return given_moments(x, long[0], *each, eps)
 
 
 def rescale(
-    x: Tensor, axes: Axes, scale: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor, axes: Axes, scale: Tensor | None, eps: float, dtype: torch.dtype, backend: Backend
 ) -> Tensor | None:
     if not fit(x, dtype, scale):
         return None
-    last = tuple(range(x.ndim - len(axes), x.ndim))
-    if axes != last or not axes or not x.is_contiguous():
+    if axes != tuple(range(x.ndim - len(axes), x.ndim)) or not axes or not x.is_contiguous():
         return declined("the axes are not the last ones of a contiguous tensor")
-    if scale is not None and not _lie_along(axes, [scale]):
+    if scale is not None and not lie_along(axes, [scale]):
         return declined("parameters lie along other axes than the kernels have them")
     shape = x.shape[axes[0] :]
-    return root_mean_square(x, shape, _last(scale, shape), eps)
+    return root_mean_square(x, shape, last(scale, shape), eps)
 
 
 # The same for arguments that fit, parameters without lengths 1. The usual calls of layers come
@@ -215,7 +228,7 @@ def channels(
     if correction:
         count = found.numel() // found.shape[1]
         spread = spread * ((count - correction) / count)
-    shape = _shape(x, channel)
+    shape = values_along(x, channel)
     return y.view(x.shape), mean.view(shape), spread.view(shape)
 
 
@@ -312,47 +325,3 @@ def root_mean_square(x: Tensor, shape: Axes, weight: Tensor | None, eps: float) 
         return declined(_UNUSUAL)
     taken("vector_norm")
     return scaled(x, w, rstd, eps)
-
-
-def parameters(
-    x: Tensor, shape: Axes, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """``weight`` and ``bias`` as kernels need them: in float32 at least.
-
-    Some derivatives of a bias need a weight, and without one the statistics of half types would be
-    given in these.
-    """
-    wide = WIDE[x.dtype]
-    if weight is not None and weight.dtype == wide and bias is not None and bias.dtype == wide:
-        return weight, bias
-    if weight is None and (bias is not None or x.dtype != wide):
-        weight = torch.ones(shape, dtype=wide, device=x.device)
-    given = (p if p is None or p.dtype == wide else p.to(wide) for p in (weight, bias))
-    w, b = given
-    return w, b
-
-
-def _shape(x: Tensor, axis: int) -> Axes:
-    """Of one value for each position along ``axis``, with the rank of ``x``."""
-    return tuple(n if a == axis else 1 for a, n in enumerate(x.shape))
-
-
-def _flat(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.reshape(-1)
-
-
-def _last(p: Tensor | None, shape: Axes) -> Tensor | None:
-    """A parameter that lies along the last axes, without the others."""
-    return None if p is None else p[(0,) * (p.ndim - len(shape))].expand(shape).contiguous()
-
-
-def _lie_along(axes: Iterable[int], given: list[Tensor]) -> bool:
-    return all(n == 1 or axis in axes for p in given for axis, n in enumerate(p.shape))
-
-
-def _are_one_a_channel(x: Tensor, given: list[Tensor]) -> bool:
-    """Whether parameters are those of the channels, which axes 1 and 2 are split into."""
-    channels = (1, *x.shape[1:3], *[1] * (x.ndim - 3))
-    instances = (1, x.shape[1], *[1] * (x.ndim - 2))
-    shapes = {tuple(p.shape) for p in given}
-    return shapes in ({channels}, {instances})

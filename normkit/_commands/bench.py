@@ -78,7 +78,7 @@ def _is_run(case: Case, name: str, mode: str, quick: bool) -> bool:
 def _measured(name: str, mode: str, cases: list[Case], seconds: float) -> Iterator[Cell]:
     fields = [asdict(case) for case in cases]
     answers = frameworks.run(name, "bench", cases=fields, mode=mode, seconds=seconds)
-    for field, times in zip(fields, answers, strict=False):
+    for field, times in zip(fields, answers, strict=True):
         yield {"framework": name, "mode": mode} | field | times
 
 
