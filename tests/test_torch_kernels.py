@@ -194,6 +194,8 @@ def first(layer, x, g):
 BIG = {
     "images": (nt.BatchNorm2d(8), (16, 8, 32, 32)),
     "channels-last": (nt.BatchNorm2d(8), (16, 8, 32, 32)),
+    "images-scale": (nt.BatchNorm2d(8, bias=False), (16, 8, 32, 32)),
+    "images-bare": (nt.BatchNorm2d(8, affine=False), (16, 8, 32, 32)),
     "matrix": (nt.BatchNorm1d(8), (5000, 8)),
     "layer": (nt.LayerNorm(256), (3, 700, 256)),
     "rms": (nt.RMSNorm(256), (3, 700, 256)),
@@ -217,6 +219,37 @@ def test_what_is_done_in_blocks(name, offset, dtype):
     for a, b in zip(got, want, strict=True):
         limit = (2e-6 if a is got[0] else 4e-6) if a.dtype == torch.float32 else 2.0**-8
         assert gap(a, b) < limit if b.abs().max() > 1e-3 else a.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("value", [0.7, -1e8, 1e12, 1e17])
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("shape", [(4099, 6), (5000, 6, 7)], ids=str)
+def test_equal_values_come_out_as_nothing(shape, axis, value):
+    x = torch.full(shape, value)
+    y = nt.BatchNorm(shape[axis], axis=axis)(x)
+    assert y.abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("layer", [nt.RMSNorm(2**17), nt.BatchNorm2d(2)], ids=["rms", "batch"])
+def test_long_sums_of_few_kinds_of_values(layer):
+    """Of which a sum in the order of the values is off in one direction."""
+    torch.manual_seed(3)
+    x = torch.full((4, 2**17), 0.7)
+    if isinstance(layer, nt.BatchNorm2d):
+        x = (torch.rand(1, 2, 1024, 1024) < 0.3).float()
+    want = plain(lambda: copy.deepcopy(layer).double()(x.double()))
+    assert gap(layer(x), want) < 2e-6
+
+
+def test_a_row_of_zeros_has_gradients():
+    """Whose 1 / sqrt(squares + eps) is large, and its cube no number."""
+    layer = nt.RMSNorm(8, eps=1e-28)
+    x = torch.randn(3, 8)
+    x[1] = 0
+    x.requires_grad_()
+    layer(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert layer.weight.grad.isfinite().all()
 
 
 def test_gradients_of_many_outputs_at_once():
