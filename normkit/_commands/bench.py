@@ -13,7 +13,7 @@ import numpy as np
 
 from normkit._commands import frameworks, machine, pictures, record
 from normkit._commands.cases import LAYERS, Case, grid
-from normkit._commands.tables import table
+from normkit._report import table
 
 Cell = dict[str, Any]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from normkit._commands import exact, frameworks, machine, pictures, record
 from normkit._commands.cases import Case, arrays
-from normkit._commands.tables import table
+from normkit._report import table
 
 Arrays = dict[str, NDArray[Any]]
 
