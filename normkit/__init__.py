@@ -13,11 +13,16 @@ from pathlib import Path as _Path
 from typing import Any as _Any
 
 from normkit._batch_norm import BatchNorm, batch_norm
+from normkit._bundle import Bundle
 from normkit._explain import explain
+from normkit._extract import extract
+from normkit._files import load, save
 from normkit._group_norm import GroupNorm, group_norm
 from normkit._instance_norm import InstanceNorm, instance_norm
 from normkit._layer_norm import LayerNorm, layer_norm
 from normkit._normalize import normalize
+from normkit._port import port
+from normkit._restore import restore
 from normkit._rms_norm import RMSNorm, rms_norm
 from normkit._statistics import Moments, moments
 
@@ -28,6 +33,7 @@ if (_checkout / "backends").is_dir() and (_checkout / "pyproject.toml").is_file(
 
 __all__ = [
     "BatchNorm",
+    "Bundle",
     "GroupNorm",
     "InstanceNorm",
     "LayerNorm",
@@ -35,12 +41,17 @@ __all__ = [
     "RMSNorm",
     "batch_norm",
     "explain",
+    "extract",
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "load",
     "moments",
     "normalize",
+    "port",
+    "restore",
     "rms_norm",
+    "save",
 ]
 
 

@@ -1,4 +1,4 @@
-"""``python -m normkit``: what normkit does on this machine."""
+"""``python -m normkit``: what normkit does on this machine, and what is in a file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 import sys
 from types import ModuleType
 
-from normkit._commands import RefusedError, bench, check, info
+from normkit._commands import RefusedError, bench, check, diff, info, inspect
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "info": (info, "versions, frameworks, and the faster paths that are there"),
     "check": (check, "whether every framework here computes the same, beside the native layers"),
     "bench": (bench, "how long normkit takes here, beside the native layers"),
+    "inspect": (inspect, "the normalization layers in a file, and what will bite on a port"),
+    "diff": (diff, "in what the normalization layers of two files differ"),
 }
 
 

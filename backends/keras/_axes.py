@@ -70,6 +70,8 @@ def described(layer: Any) -> tuple[Axes, Axes]:
 
 def are_last(layer: Any) -> bool:
     """Whether the axes of a built ``layer`` are the last ones of its input."""
+    if axes_of(layer) == tuple(range(-len(axes_of(layer)), 0)):
+        return True
     ndim = len(built_shape(layer))
     axes = _checks.axes_in_range(axes_of(layer), ndim)
     return axes == tuple(range(ndim - len(axes), ndim))

@@ -84,7 +84,7 @@ def convert(model: Layer) -> Layer:
         _become(layer, _TWINS[type(layer)])
     if not found:
         _swap.nothing("native", model)
-    _forget_compiled(model)
+    forget_compiled(model)
     return model
 
 
@@ -115,7 +115,7 @@ def revert(model: Layer) -> Layer:
         _become(layer, _NATIVE[type(layer)])
     if not found:
         _swap.nothing("normkit", model)
-    _forget_compiled(model)
+    forget_compiled(model)
     return model
 
 
@@ -181,7 +181,8 @@ def _beyond_native(layer: Layer) -> list[str]:
     return options
 
 
-def _forget_compiled(model: Layer) -> None:
+def forget_compiled(model: Layer) -> None:
+    """What ``model`` and the models in it have compiled is compiled anew."""
     for layer in _layers(model):
         for name in ("train_function", "test_function", "predict_function"):
             if getattr(layer, name, None) is not None:

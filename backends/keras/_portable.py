@@ -20,6 +20,8 @@ _FAMILY = (
     (nk.GroupNorm, keras.layers.GroupNormalization, _group_norm),
     (nk.RMSNorm, keras.layers.RMSNormalization, _rms_norm),
 )
+# Of which each layer is one, Keras' own or normkit's.
+KINDS = tuple(native for _, native, _ in _FAMILY)
 
 
 def layer(definition: Definition, **options: Any) -> keras.layers.Layer:

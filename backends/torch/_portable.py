@@ -21,6 +21,8 @@ _FAMILY = (
     (nk.InstanceNorm, _InstanceNorm, _instance_norm),
     (nk.RMSNorm, nn.RMSNorm, _rms_norm),
 )
+# Of which each layer is one, PyTorch's own or normkit's.
+KINDS = tuple(native for _, native, _ in _FAMILY)
 
 
 def layer(definition: Definition, **options: Any) -> nn.Module:

@@ -1,7 +1,8 @@
-"""``python -m normkit bench``, ``check`` and ``info``: measured on the machine of whoever asks.
+"""The commands of ``python -m normkit``, a file each.
 
-Each framework runs in a process of its own (``child.py``), on the layers that its adapter sets
-beside each other in ``backends/<name>/_compared.py``.
+``bench``, ``check`` and ``info`` measure on the machine of whoever asks: each framework runs in a
+process of its own (``child.py``), on the layers that its adapter sets beside each other in
+``backends/<name>/_compared.py``. ``inspect`` and ``diff`` look into files (``sources.py``).
 """
 
 

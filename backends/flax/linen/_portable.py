@@ -19,6 +19,8 @@ _FAMILY = (
     (nk.InstanceNorm, nn.InstanceNorm, _instance_norm),
     (nk.RMSNorm, nn.RMSNorm, _rms_norm),
 )
+# Of which each layer is one, Flax' own or normkit's.
+KINDS = tuple(native for _, native, _ in _FAMILY)
 
 
 def layer(definition: Definition, **options: Any) -> nn.Module:

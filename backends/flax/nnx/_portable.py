@@ -19,6 +19,8 @@ _FAMILY = (
     (nk.InstanceNorm, nnx.InstanceNorm, _instance_norm),
     (nk.RMSNorm, nnx.RMSNorm, _rms_norm),
 )
+# Of which each layer is one, Flax' own or normkit's.
+KINDS = tuple(native for _, native, _ in _FAMILY)
 
 
 def layer(definition: Definition, **options: Any) -> nnx.Module:

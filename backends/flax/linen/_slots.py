@@ -1,0 +1,151 @@
+"""The normalization layers of a model, to be read and written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict, freeze, unfreeze
+
+from normkit._bundle import Arrays, Entry
+from normkit._definition import Definition
+from normkit._slot import Slot
+
+from . import _portable
+
+_COLLECTIONS = {
+    "scale": "params",
+    "bias": "params",
+    "mean": "batch_stats",
+    "var": "batch_stats",
+    "count": "batch_stats",
+}
+
+
+class _Tree:
+    """The variables of the whole model, which layers write their parts of."""
+
+    def __init__(self, variables: Any) -> None:
+        self.frozen = isinstance(variables, FrozenDict)
+        # Dicts of its own, around the arrays that were given.
+        self.found = jax.tree.map(lambda leaf: leaf, unfreeze(variables))
+
+    def part(self, collection: str, path: tuple[str, ...]) -> dict[str, Any]:
+        part: dict[str, Any] = self.found.get(collection, {})
+        for name in path:
+            part = part.get(name, {})
+        return part
+
+
+class _Slot(Slot):
+    def __init__(self, path: tuple[str, ...], layer: nn.Module, tree: _Tree) -> None:
+        super().__init__(".".join(path), layer)
+        self.path = path
+        self.tree = tree
+
+    @property
+    def variables(self) -> Any:
+        return freeze(self.tree.found) if self.tree.frozen else self.tree.found
+
+    @property
+    def definition(self) -> Definition:
+        own = {name: self.tree.part(name, self.path) for name in ("params", "batch_stats")}
+        return _portable.definition(self.layer, own)
+
+    @property
+    def training(self) -> bool | None:
+        average = getattr(self.layer, "use_running_average", None)
+        return None if average is None else not average
+
+    def read(self) -> Arrays:
+        return {
+            name: np.array(nn.meta.unbox(part[name]))
+            for name, collection in _COLLECTIONS.items()
+            if name in (part := self.tree.part(collection, self.path))
+        }
+
+    def write(self, arrays: Arrays) -> None:
+        for name, collection in _COLLECTIONS.items():
+            part = self.tree.part(collection, self.path)
+            if name in part and name in arrays:
+                old = nn.meta.unbox(part[name])
+                new = jnp.asarray(arrays[name].reshape(old.shape), old.dtype)
+                part[name] = nn.meta.replace_boxed(part[name], new)
+
+    def configure(self, definition: Definition) -> None:
+        """A Linen module is a constant in the code of the one that it is in."""
+
+
+def slots(model: nn.Module, variables: Any = None, inputs: Any = None) -> list[Slot]:
+    """The normalization layers of ``model``, in the order in which it calls them.
+
+    Raises:
+        ValueError: ``variables`` are missing; or ``inputs`` are, and there is no telling which
+            submodules the model calls.
+    """
+    if variables is None:
+        msg = (
+            f"a {type(model).__name__} of Flax Linen has no values of its own; give its "
+            f"variables= as well, as init() returns them."
+        )
+        raise ValueError(msg)
+    tree = _Tree(variables)
+    if isinstance(model, _portable.KINDS):
+        return [_Slot((), model, tree)]
+    if inputs is None:
+        msg = (
+            f"the submodules of a {type(model).__name__} of Flax Linen exist while it is called; "
+            f"give inputs= as well, a tuple of what it is called with (arrays of the right shape "
+            f"will do)."
+        )
+        raise ValueError(msg)
+    found: dict[tuple[str, ...], nn.Module] = {}
+
+    def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        layer = context.module
+        if context.method_name == "__call__" and isinstance(layer, _portable.KINDS):
+            found.setdefault(layer.path, layer.clone(parent=None))
+        return call(*args, **kwargs)
+
+    def run(variables: Any, inputs: Any) -> Any:
+        args, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+        rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+        return model.apply(variables, *args, rngs=rngs, mutable=True, **named)
+
+    with nn.intercept_methods(note):
+        # Flags are no arrays; they are what the model decides by.
+        dynamic, static = _divided(inputs)
+        jax.eval_shape(lambda v, d: run(v, _joined(d, static)), variables, dynamic)
+    return [_Slot(path, layer, tree) for path, layer in found.items()]
+
+
+def made(entry: Entry, **options: Any) -> tuple[nn.Module, Any]:
+    """A new module that computes what ``entry`` does, and its variables."""
+    if entry.training is not None and getattr(entry.definition, "track_running_stats", False):
+        options = {"use_running_average": not entry.training} | options
+    options = {"param_dtype": entry.dtype} | options
+    layer = _portable.layer(entry.definition, **options)
+    variables: dict[str, Any] = {}
+    for name, a in entry.arrays.items():
+        # A count that nothing depends on is not kept.
+        if name != "count" or entry.definition.decay is None:
+            dtype = jnp.int32 if name == "count" else a.dtype
+            variables.setdefault(_COLLECTIONS[name], {})[name] = jnp.asarray(a, dtype)
+    return layer, variables
+
+
+def _divided(inputs: Any) -> tuple[Any, Any]:
+    """The arrays among ``inputs``, and everything else."""
+    leaves, structure = jax.tree.flatten(inputs, is_leaf=lambda leaf: leaf is None)
+    arrays = [leaf if hasattr(leaf, "shape") else None for leaf in leaves]
+    rest = [None if hasattr(leaf, "shape") else leaf for leaf in leaves]
+    return arrays, (rest, structure)
+
+
+def _joined(arrays: Any, static: Any) -> Any:
+    rest, structure = static
+    both = zip(arrays, rest, strict=True)
+    return jax.tree.unflatten(structure, [b if a is None else a for a, b in both])

@@ -1,0 +1,40 @@
+"""Take the normalization layers out of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from normkit._bundle import Bundle
+from normkit._models import slots_of
+
+
+def extract(model: Any, variables: Any = None, inputs: Any = None) -> Bundle:
+    """The normalization layers of a model: their definitions, parameters and state.
+
+    The layers may be the framework's own or normkit's. What is returned are copies; nothing is
+    changed, and nothing of it is a framework's.
+
+    Args:
+        model: a ``torch.nn.Module``, a Keras layer or model, an ``nnx.Module``, a Linen module, or
+            a layer of ``normkit.numpy``; it may be a normalization layer itself.
+        variables: those of a Linen module, as ``init`` returns them.
+        inputs: a tuple of what a Linen module is called with. It is needed where submodules are
+            made in the call (``nn.compact``), and only its shapes are.
+
+    Returns:
+        A mapping from names, which are the framework's paths (``"layer1.0.bn2"`` in PyTorch,
+        ``"stage/bn_2"`` in Keras, ``"stage.bn2"`` in Flax), to entries with ``definition``,
+        ``arrays``, ``training`` and ``aliases``, in the order of the model. A layer that is shared
+        comes once, with its other names as aliases.
+
+    Raises:
+        TypeError: ``model`` is none.
+        ValueError: a layer does what no definition describes, or has not been built yet.
+
+    >>> import normkit as nk, normkit.numpy
+    >>> bundle = nk.extract(nk.numpy.layer(nk.BatchNorm(3)))
+    >>> bundle[""].definition.eps, sorted(bundle[""].arrays)
+    (1e-05, ['bias', 'count', 'mean', 'scale', 'var'])
+    """
+    slots = slots_of(model, variables=variables, inputs=inputs)
+    return Bundle({slot.name: slot.entry() for slot in slots})
