@@ -78,6 +78,16 @@ class Moments(NamedTuple):
         _, kept = centre(x, reduced, weights, backend)
         return kept if keepdims else kept.squeezed(reduced, backend)
 
+    @classmethod
+    def over(cls, batches: Any, axes: int | Axes | None = None, *, weights: Any = None) -> Moments:
+        """The moments of all ``batches`` together, or of an array larger than memory.
+
+        Arguments and errors: see :func:`normkit._streaming.moments_over`.
+        """
+        from normkit._streaming import moments_over  # which is built on this module
+
+        return moments_over(batches, axes, weights=weights)
+
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of values together. Merging with none of them changes nothing.
 

@@ -22,6 +22,7 @@ from normkit.torch._batch_norm import (
     LazyBatchNorm3d,
 )
 from normkit.torch._convert import convert, revert
+from normkit.torch._freeze import freeze, unfreeze
 from normkit.torch._group_norm import GroupNorm
 from normkit.torch._instance_norm import (
     InstanceNorm,
@@ -34,6 +35,7 @@ from normkit.torch._instance_norm import (
 )
 from normkit.torch._layer_norm import LayerNorm
 from normkit.torch._portable import definition, layer
+from normkit.torch._recalibrate import recalibrate
 from normkit.torch._rms_norm import RMSNorm
 
 __all__ = [
@@ -56,6 +58,9 @@ __all__ = [
     "RMSNorm",
     "convert",
     "definition",
+    "freeze",
     "layer",
+    "recalibrate",
     "revert",
+    "unfreeze",
 ]

@@ -43,7 +43,7 @@ Pair = tuple[sources.Found | None, sources.Found | None]
 def _matched(a: list[sources.Found], b: list[sources.Found], order: bool) -> list[Pair]:
     if order:
         if len(a) != len(b):
-            msg = f"there are {len(a)} layers in one file and {len(b)} in the other; leave out --order."
+            msg = f"one file has {len(a)} layers, the other {len(b)}; leave out --order."
             raise RefusedError(msg)
         return list(zip(a, b, strict=True))
     others = {layer.name: layer for layer in b}
@@ -66,10 +66,8 @@ def _between(a: sources.Found, b: sources.Found) -> list[list[str]]:
         else:
             x, y = one.astype(np.float64), other.astype(np.float64)
             if not np.array_equal(x, y, equal_nan=True):
-                gap = np.max(np.abs(x - y))
-                found.append(
-                    [name, sources.summary(x), f"{sources.summary(y)}; up to {gap:.3g} apart"]
-                )
+                gap = f"up to {np.max(np.abs(x - y)):.3g} apart"
+                found.append([name, sources.summary(x), f"{sources.summary(y)}; {gap}"])
             elif one.dtype != other.dtype:
                 found.append([name, str(one.dtype), str(other.dtype)])
     return found

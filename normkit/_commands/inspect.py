@@ -16,7 +16,12 @@ _ITS_OWN = {
     "num_features", "num_channels", "num_groups", "shape", "axis", "axes", "scale", "bias",
 }  # fmt: skip
 _FRAMEWORKS = ("torch", "keras", "flax")
-_FAR = 1e3
+_FAR = 1e3  # |mean| / deviation
+_MANY = 5  # names in a line
+_CHECKPOINT = (
+    "A checkpoint of PyTorch does not say what its layers compute: eps, momentum, groups and axes "
+    "are those of the code that made it."
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,22 +35,27 @@ def main(options: argparse.Namespace) -> int:
     if not layers:
         print("no normalization layers")
         return 0
-    rows, notes = [], []
+    rows = []
+    notes: dict[str, list[str]] = {}
     for layer in layers:
         statistics = [sources.summary(layer.arrays.get(n, ())) for n in ("mean", "var")]
         scale = sources.summary(layer.arrays.get("scale", ()))
         rows.append([shown(layer.name), str(layer.definition or layer.kind), *statistics, scale])
-        notes += [f"- {shown(layer.name)}: {note}" for note in notices(layer)]
+        for note in notices(layer):
+            notes.setdefault(note, []).append(shown(layer.name))
     print(table(["layer", "definition", "mean", "variance", "scale"], rows, left=2))
     if any(layer.definition is None for layer in layers):
-        notes.insert(
-            0,
-            "- A checkpoint does not say what its layers compute: eps, momentum, groups and axes "
-            "are those of the code that made it.",
-        )
+        print(f"\n{_CHECKPOINT}")
     if notes:
-        print("\nWhat will bite on a port:\n" + "\n".join(notes))
+        print("\nWhat will bite on a port:")
+    for note, names in notes.items():
+        print(f"- {note}: {_listed(names)}")
     return 0
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _MANY} more" if len(names) > _MANY else ""
+    return ", ".join(names[:_MANY]) + rest
 
 
 def notices(layer: sources.Found) -> list[str]:
@@ -56,13 +66,11 @@ def notices(layer: sources.Found) -> list[str]:
     mean, var = (layer.arrays[name].astype(np.float64) for name in ("mean", "var"))
     broken = ~(var >= 0) | np.isnan(mean)
     if broken.any():
-        return [
-            *found,
-            f"{broken.sum()} of {var.size} channels have statistics that are NaN or negative",
-        ]
+        note = f"{broken.sum()} of {var.size} channels have statistics that are NaN or negative"
+        return [*found, note]
     if np.all(mean == 0) and np.all(var == 1):
         found.append("it has never seen a batch: its statistics are those that it began with")
-    eps = 1e-5 if layer.definition is None else getattr(layer.definition, "eps", 1e-5)
+    eps = getattr(layer.definition, "eps", None) or 1e-5  # PyTorch's, of a checkpoint
     if small := np.sum(var < eps):
         found.append(
             f"{small} of {var.size} channels vary less than eps, which decides their scale"
