@@ -104,7 +104,10 @@ def slots(model: Layer) -> list[Slot]:
 def made(entry: Entry, **options: Any) -> Layer:
     """A new layer that computes what ``entry`` does, on inputs of any rank."""
     d = entry.definition
-    layer = _portable.layer(d, **{"dtype": entry.dtype.name} | options)
+    # There is one for all weights: the widest.
+    floating = [entry.dtype, *(a.dtype for n, a in entry.arrays.items() if n in ("mean", "var"))]
+    dtype = max(floating, key=lambda dtype: dtype.itemsize)
+    layer = _portable.layer(d, **{"dtype": dtype.name} | options)
     axes = getattr(d, "axes", None) or (d.axis,)
     ndim = max(3, *(axis + 2 if axis >= 0 else -axis for axis in axes))
     shape: list[int | None] = [None] * ndim

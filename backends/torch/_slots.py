@@ -92,6 +92,11 @@ def made(entry: Entry, **options: Any) -> nn.Module:
     """A new layer that computes what ``entry`` does."""
     options = {"dtype": getattr(torch, entry.dtype.name)} | options
     layer = _portable.layer(entry.definition, **options)
+    for name in entry.arrays.keys() & {"mean", "var"}:
+        # Which may be wider than parameters of a half type.
+        buffer = getattr(layer, _NAMES[name])
+        wide = torch.promote_types(buffer.dtype, getattr(torch, entry.arrays[name].dtype.name))
+        setattr(layer, _NAMES[name], buffer.to(wide))
     _Slot("", layer).write(entry.arrays)
     return layer.train(entry.training is not False)
 
