@@ -17,6 +17,7 @@ from normkit._bundle import Bundle
 from normkit._explain import explain
 from normkit._extract import extract
 from normkit._files import load, save
+from normkit._fold import fold
 from normkit._group_norm import GroupNorm, group_norm
 from normkit._instance_norm import InstanceNorm, instance_norm
 from normkit._layer_norm import LayerNorm, layer_norm
@@ -42,6 +43,7 @@ __all__ = [
     "batch_norm",
     "explain",
     "extract",
+    "fold",
     "group_norm",
     "instance_norm",
     "layer_norm",

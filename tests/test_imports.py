@@ -143,6 +143,7 @@ def test_the_public_surface():
         "batch_norm",
         "explain",
         "extract",
+        "fold",
         "group_norm",
         "instance_norm",
         "layer_norm",

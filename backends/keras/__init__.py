@@ -16,10 +16,13 @@ _require("keras", "normkit.keras", "keras")
 
 from normkit.keras._batch_norm import BatchNormalization
 from normkit.keras._convert import convert, revert
+from normkit.keras._fold import fold
+from normkit.keras._freeze import freeze, unfreeze
 from normkit.keras._group_norm import GroupNormalization
 from normkit.keras._instance_norm import InstanceNormalization
 from normkit.keras._layer_norm import LayerNormalization
 from normkit.keras._portable import definition, layer
+from normkit.keras._recalibrate import recalibrate
 from normkit.keras._rms_norm import RMSNormalization
 
 __all__ = [
@@ -30,6 +33,10 @@ __all__ = [
     "RMSNormalization",
     "convert",
     "definition",
+    "fold",
+    "freeze",
     "layer",
+    "recalibrate",
     "revert",
+    "unfreeze",
 ]

@@ -22,6 +22,7 @@ from normkit.torch._batch_norm import (
     LazyBatchNorm3d,
 )
 from normkit.torch._convert import convert, revert
+from normkit.torch._fold import fold
 from normkit.torch._freeze import freeze, unfreeze
 from normkit.torch._group_norm import GroupNorm
 from normkit.torch._instance_norm import (
@@ -58,6 +59,7 @@ __all__ = [
     "RMSNorm",
     "convert",
     "definition",
+    "fold",
     "freeze",
     "layer",
     "recalibrate",

@@ -12,10 +12,12 @@
 """
 
 from normkit.flax.linen._batch_norm import BatchNorm
+from normkit.flax.linen._freeze import labels
 from normkit.flax.linen._group_norm import GroupNorm
 from normkit.flax.linen._instance_norm import InstanceNorm
 from normkit.flax.linen._layer_norm import LayerNorm
 from normkit.flax.linen._portable import definition, layer
+from normkit.flax.linen._recalibrate import recalibrate
 from normkit.flax.linen._rms_norm import RMSNorm
 
 __all__ = [
@@ -25,5 +27,7 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "definition",
+    "labels",
     "layer",
+    "recalibrate",
 ]

@@ -11,10 +11,13 @@
 
 from normkit.flax.nnx._batch_norm import BatchNorm
 from normkit.flax.nnx._convert import convert, revert
+from normkit.flax.nnx._fold import fold
+from normkit.flax.nnx._freeze import freeze, trainable, unfreeze
 from normkit.flax.nnx._group_norm import GroupNorm
 from normkit.flax.nnx._instance_norm import InstanceNorm
 from normkit.flax.nnx._layer_norm import LayerNorm
 from normkit.flax.nnx._portable import definition, layer
+from normkit.flax.nnx._recalibrate import recalibrate
 from normkit.flax.nnx._rms_norm import RMSNorm
 
 __all__ = [
@@ -25,6 +28,11 @@ __all__ = [
     "RMSNorm",
     "convert",
     "definition",
+    "fold",
+    "freeze",
     "layer",
+    "recalibrate",
     "revert",
+    "trainable",
+    "unfreeze",
 ]
