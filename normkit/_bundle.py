@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,7 +19,7 @@ from normkit._rms_norm import RMSNorm
 
 Arrays = dict[str, NDArray[Any]]
 
-_KINDS: dict[str, type[Definition]] = {
+KINDS: dict[str, type[Definition]] = {
     kind.__name__: kind for kind in (BatchNorm, LayerNorm, GroupNorm, InstanceNorm, RMSNorm)
 }
 
@@ -116,12 +116,22 @@ class Bundle(Mapping[str, Entry]):
 
 def shown(name: str) -> str:
     """A name as a table has it: that of a model which is a layer itself is empty."""
-    return name or "(itself)"
+    escaped = name.encode("unicode_escape").decode() if not name.isprintable() else name
+    return escaped.replace("|", "\\|") or "(itself)"
 
 
 def field_names(kind: type[Definition]) -> list[str]:
     """The arguments that make a definition of that kind."""
     return [f.name for f in fields(kind) if f.init]  # type: ignore[arg-type]
+
+
+def differences(a: Definition, b: Definition) -> list[tuple[str, Any, Any]]:
+    """The fields in which two definitions of a kind differ, with both values."""
+    return [
+        (name, getattr(a, name), getattr(b, name))
+        for name in field_names(type(a))
+        if getattr(a, name) != getattr(b, name)
+    ]
 
 
 def to_fields(definition: Definition) -> dict[str, Any]:
@@ -137,9 +147,9 @@ def from_fields(found: Mapping[str, Any]) -> Definition:
         TypeError, ValueError: there is none with these fields.
     """
     given = dict(found)
-    kind = _KINDS.get(str(given.pop("kind", None)))
+    kind = KINDS.get(str(given.pop("kind", None)))
     if kind is None:
-        msg = f"there is no layer {found.get('kind')!r}; normkit has {_names(_KINDS)}."
+        msg = f"there is no layer {found.get('kind')!r}; normkit has {_names(KINDS)}."
         raise ValueError(msg)
     known = field_names(kind)
     if surplus := given.keys() ^ set(known):
@@ -147,7 +157,26 @@ def from_fields(found: Mapping[str, Any]) -> Definition:
             f"{kind.__name__} has the fields {_names(known)}, but not right are {_names(surplus)}."
         )
         raise ValueError(msg)
+    types = {f.name: str(f.type).split(" | ") for f in fields(kind)}  # type: ignore[arg-type]
+    for name, value in given.items():
+        if not any(_TYPES[each](value) for each in types[name]):
+            msg = f"{name} of a {kind.__name__} is {value!r}."
+            raise ValueError(msg)
     return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in given.items()})
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# How the fields of definitions are annotated, and what of JSON is such a value.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "None": lambda value: value is None,
+    "bool": lambda value: isinstance(value, bool),
+    "int": _is_integer,
+    "float": lambda value: isinstance(value, float) or _is_integer(value),
+    "tuple[int, ...]": lambda value: isinstance(value, list) and all(map(_is_integer, value)),
+}
 
 
 def _plain(value: Any) -> Any:

@@ -346,6 +346,18 @@ def no_definition(value: Any) -> TypeError:
     return TypeError(msg)
 
 
+def computes_as_its_class(layer: Any, call: str, *packages: str) -> None:
+    """Refuse a layer of a subclass that has a ``call`` of its own: no definition describes it."""
+    kind = type(layer)
+    [of] = [c for c in kind.__mro__ if call in vars(c)][:1]
+    if not of.__module__.startswith(tuple(f"{package}." for package in (*packages, "normkit"))):
+        msg = (
+            f"{kind.__module__}.{kind.__qualname__} has a {call} of its own, so that it may "
+            f"compute anything; there is no definition that describes it."
+        )
+        raise ValueError(msg)
+
+
 def no_layer(value: Any) -> TypeError:
     """What was given as a layer is none whose definition is known."""
     msg = (

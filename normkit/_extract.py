@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from normkit._bundle import Bundle
+from normkit._bundle import Bundle, Entry
 from normkit._models import slots_of
+from normkit._slot import Slot
 
 
 def extract(model: Any, variables: Any = None, inputs: Any = None) -> Bundle:
@@ -37,4 +38,15 @@ def extract(model: Any, variables: Any = None, inputs: Any = None) -> Bundle:
     (1e-05, ['bias', 'count', 'mean', 'scale', 'var'])
     """
     slots = slots_of(model, variables=variables, inputs=inputs)
-    return Bundle({slot.name: slot.entry() for slot in slots})
+    return Bundle({slot.name: named_entry(slot) for slot in slots})
+
+
+def named_entry(slot: Slot) -> Entry:
+    """The layer as a value; errors say which layer it was."""
+    try:
+        return slot.entry()
+    except (TypeError, ValueError) as error:
+        if not slot.name:
+            raise
+        msg = f"{slot.name}: {error}"
+        raise ValueError(msg) from error

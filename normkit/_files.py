@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
         values = name, definition, entry.training, list(entry.aliases), arrays
         layers.append(dict(zip(_FIELDS, values, strict=True)))
     metadata = {"format": _FORMAT, "version": _VERSION, "layers": json.dumps(layers)}
-    _replace(Path(path), serialized(tensors, metadata))
+    _replace(path, serialized(tensors, metadata))
 
 
 def load(path: str | os.PathLike[str]) -> Bundle:
@@ -163,24 +164,19 @@ def _are_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: str | os.PathLike[str], data: bytes) -> None:
     """Write ``data`` where it does not show before it is complete."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    target = Path(os.path.realpath(path))  # a link stays one
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
+            if target.exists():
+                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_mask())
-        os.replace(name, path)
+        os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            temporary.unlink()
         raise
-
-
-def _mask() -> int:
-    """The permissions that new files are not given."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -13,7 +13,8 @@ from normkit._models import NAMES, slots_of
 def port(layer: Any, framework: str, *, variables: Any = None, **options: Any) -> Any:
     """A layer of another framework that computes the same, now and in further training.
 
-    Definition, parameters and running statistics are carried over, each value bit by bit.
+    Definition, parameters and running statistics are carried over, each value bit by bit. What
+    reaches beyond the layer is not: statistics across replicas, constraints, hooks.
 
     Args:
         layer: a normalization layer, of a framework or normkit's.

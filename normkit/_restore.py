@@ -6,8 +6,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from normkit._bundle import Bundle, Entry, field_names, shown
+import numpy as np
+
+from normkit._bundle import KINDS, Bundle, Entry, differences, field_names, shown
 from normkit._definition import Definition
+from normkit._extract import named_entry
 from normkit._models import slots_of
 from normkit._port import same_values
 from normkit._report import Report
@@ -57,7 +60,8 @@ def restore(
         adopt: what to do where the definitions differ (``eps``, ``decay``, ``correction``, ...),
             so that the layer would not compute the same. If false, that is an error. If true, the
             layer takes over the definition, as far as its framework allows that; or name the
-            fields that it may take over.
+            fields that it may take over. A Keras model around ``model`` that was used before has
+            the old ones in its compiled functions: ``compile`` it again.
         keep: fields in which the model may differ and stays as it is: ``["axis"]`` where its
             channels lie along another axis than in the model that the bundle is from.
         variables, inputs: of a Linen module, see ``nk.extract``. The new variables are in the
@@ -77,25 +81,42 @@ def restore(
     | -------- | -------- | ------------------- |
     | (itself) | (itself) | eps: 1e-05 to 0.001 |
     """
+    _check_fields("adopt", () if isinstance(adopt, bool) else adopt)
+    _check_fields("keep", keep)
     slots = slots_of(model, variables=variables, inputs=inputs)
     pairs = _paired(slots, bundle, names)
     plans, wrong = [], []
     for slot, name in pairs:
-        plan = _Plan(slot, slot.definition, bundle[name], adopt, keep)
+        plan = _Plan(slot, named_entry(slot), bundle[name], adopt, keep)
         plans.append((plan, name))
         wrong += [f"{shown(slot.name)}: {line}" for line in plan.wrong()]
     if wrong:
         msg = f"{_lines(wrong)}nothing was changed. {_HINT}"
         raise ValueError(msg)
-    _carry_out([plan for plan, _ in plans])
-    rows = tuple((shown(p.slot.name), shown(name), p.changes()) for p, name in plans)
+    changed = _carry_out([plan for plan, _ in plans])
+    rows = tuple(
+        (shown(p.slot.name), shown(name), what)
+        for (p, name), what in zip(plans, changed, strict=True)
+    )
     new = slots[0].variables if slots else variables
     return Restored(("layer", "from", "changed"), rows, new)
 
 
 _HINT = (
-    "With adopt=True a layer takes over what it can; with keep=[...] it may differ in these fields."
+    "With adopt=True a layer takes over what it can; with keep=[...] it may differ in these "
+    "fields. Sizes, and which parameters there are, must be equal."
 )
+
+
+def _check_fields(argument: str, given: Collection[str]) -> None:
+    """Of a field that is misspelt, or fixed, nothing may depend."""
+    known = {name for kind in KINDS.values() for name in field_names(kind)} - _FIXED
+    if unknown := sorted(set([given] if isinstance(given, str) else given) - known):
+        msg = (
+            f"{argument} names fields of definitions, any of {', '.join(sorted(known))}, but got "
+            f"{', '.join(map(repr, unknown))}."
+        )
+        raise ValueError(msg)
 
 
 @dataclass
@@ -103,10 +124,14 @@ class _Plan:
     """What a layer is to become."""
 
     slot: Slot
-    old: Definition
+    before: Entry
     entry: Entry
     adopt: bool | Collection[str]
     keep: Collection[str]
+
+    @property
+    def old(self) -> Definition:
+        return self.before.definition
 
     @property
     def new(self) -> Definition:
@@ -126,54 +151,66 @@ class _Plan:
             for name, mine, theirs in differences(self.old, self.new)
             if name in _FIXED or not self._may(name)
         ]
+        count = {"count"} & self.before.arrays.keys() - self.entry.arrays.keys()
+        if count and getattr(self.new, "decay", 0.0) is None:
+            found.append("a cumulative average needs a count of batches, and the bundle has none")
         trouble = self.entry.trouble()
         return found if trouble is None else [*found, trouble]
 
     def _may(self, name: str) -> bool:
         return self.adopt if isinstance(self.adopt, bool) else name in self.adopt
 
+    def carry_out(self) -> None:
+        if self.new != self.old:
+            self.slot.configure(self.new)
+            if left := differences(self.slot.definition, self.new):
+                kind = type(self.slot.layer)
+                names = " and ".join(f"{name}={theirs!r}" for name, _, theirs in left)
+                msg = (
+                    f"{shown(self.slot.name)}: a {kind.__module__.partition('.')[0]} "
+                    f"{kind.__name__} cannot take over {names}; nothing was changed. normkit's "
+                    f"layers (convert) and new ones (port) can do more."
+                )
+                raise ValueError(msg)
+        self.slot.write(self.entry.arrays)
+
+    def undo(self) -> None:
+        if self.slot.definition != self.old:
+            self.slot.configure(self.old)
+        self.slot.write(self.before.arrays)
+
     def changes(self) -> str:
-        """What is not as it was in the model, or in the bundle."""
+        """What is not as it was in the model, or in the bundle, now that all is written."""
         found = [f"{name}: {a!r} to {b!r}" for name, a, b in differences(self.old, self.new)]
         written = self.slot.read()
         for name in sorted(written.keys() & self.entry.arrays.keys()):
-            if not same_values(written[name], self.entry.arrays[name]):
-                found.append(f"{name} rounded to {written[name].dtype}")
+            got, given = written[name], self.entry.arrays[name]
+            if same_values(got, given):
+                continue
+            with np.errstate(over="ignore"):
+                rounded = given.astype(got.dtype)
+            if not same_values(got, rounded) or not same_values(np.isinf(got), np.isinf(given)):
+                msg = (
+                    f"{shown(self.slot.name)}: {name} does not hold what it was given: it shares "
+                    f"memory with another layer, or its dtype, {got.dtype}, is too narrow; nothing "
+                    f"was changed."
+                )
+                raise ValueError(msg)
+            found.append(f"{name} rounded to {got.dtype}")
         return "; ".join(found)
 
 
-def differences(a: Definition, b: Definition) -> list[tuple[str, Any, Any]]:
-    """The fields in which two definitions of a kind differ, with both values."""
-    return [
-        (name, getattr(a, name), getattr(b, name))
-        for name in field_names(type(a))
-        if getattr(a, name) != getattr(b, name)
-    ]
-
-
-def _carry_out(plans: list[_Plan]) -> None:
+def _carry_out(plans: list[_Plan]) -> list[str]:
+    """What has changed in each layer; nothing, if anything is raised."""
     done = []
     try:
         for plan in plans:
-            done.append((plan, plan.slot.read()))
-            if plan.new != plan.old:
-                plan.slot.configure(plan.new)
-                left = differences(plan.slot.definition, plan.new)
-                if left:
-                    kind = type(plan.slot.layer)
-                    names = " and ".join(f"{name}={theirs!r}" for name, _, theirs in left)
-                    msg = (
-                        f"{shown(plan.slot.name)}: a {kind.__module__.partition('.')[0]} "
-                        f"{kind.__name__} cannot take over {names}; nothing was changed. "
-                        f"normkit's layers (convert) and new ones (port) can do more."
-                    )
-                    raise ValueError(msg)
-            plan.slot.write(plan.entry.arrays)
+            done.append(plan)
+            plan.carry_out()
+        return [plan.changes() for plan in plans]
     except BaseException:
-        for plan, arrays in done:
-            if plan.slot.definition != plan.old:
-                plan.slot.configure(plan.old)
-            plan.slot.write(arrays)
+        for plan in reversed(done):
+            plan.undo()
         raise
 
 
@@ -191,7 +228,7 @@ def _paired(slots: list[Slot], bundle: Bundle, names: Names) -> list[tuple[Slot,
     aliases = {alias: name for name, entry in bundle.items() for alias in (name, *entry.aliases)}
     pairs, wrong = [], []
     for slot in slots:
-        name = _name(names, slot.name)
+        name = _name(names, slot)
         if name is None:
             continue
         if name in aliases:
@@ -203,7 +240,7 @@ def _paired(slots: list[Slot], bundle: Bundle, names: Names) -> list[tuple[Slot,
         f"{shown(name)}: no layer of the model takes it" for name in bundle if name not in taken
     ]
     if isinstance(names, Mapping):
-        unknown = names.keys() - {slot.name for slot in slots}
+        unknown = names.keys() - {name for slot in slots for name in (slot.name, *slot.aliases)}
         wrong += [f"{shown(name)}: the model has no such layer" for name in sorted(unknown)]
     if wrong:
         msg = (
@@ -214,13 +251,16 @@ def _paired(slots: list[Slot], bundle: Bundle, names: Names) -> list[tuple[Slot,
     return pairs
 
 
-def _name(names: Names, own: str) -> str | None:
+def _name(names: Names, slot: Slot) -> str | None:
     if names is None:
-        return own
+        return slot.name
     if isinstance(names, str):
         msg = f'names is None, "order", a mapping or a function, but got {names!r}.'
         raise ValueError(msg)
-    return names.get(own, own) if isinstance(names, Mapping) else names(own)
+    if not isinstance(names, Mapping):
+        return names(slot.name)
+    own = [name for name in (slot.name, *slot.aliases) if name in names]
+    return names[own[0]] if own else slot.name
 
 
 def _lines(wrong: list[str]) -> str:

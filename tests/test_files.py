@@ -123,6 +123,18 @@ def test_permissions_are_those_of_new_files(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
+def test_a_link_stays_one_and_modes_stay(tmp_path):
+    nk.save(tmp_path / "file", Bundle({}))
+    (tmp_path / "file").chmod(0o600)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    long = tmp_path / ("a" * 250)
+    for path in (tmp_path / "link", long):
+        nk.save(path, SMALL)
+        assert_same(nk.load(path), SMALL)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError):
         nk.load(tmp_path / "nothing")
@@ -187,7 +199,7 @@ def test_bad_files(name, tmp_path):
 NO_DEFINITIONS = [
     *({"eps": 0}, {"eps": "1e-5"}, {"eps": float("nan")}, {"eps": 10**400}, {"scale": False}),
     *({"shape": [3, 10**30]}, {"shape": "3"}, {"shape": [-3]}, {"shape": {"a": 1}}),
-    *({"shape": [[3]]}, {"axes": [5, 5]}, {"axes": 0.5}),
+    *({"shape": [[3]]}, {"axes": [5, 5]}, {"axes": 0.5}, {"eps": True}, {"scale": None}),
 ]
 
 

@@ -133,6 +133,69 @@ def test_linen_needs_variables_and_inputs(module):
         nk.restore(layer, other, adopt=True, variables=layer.init(jax.random.key(0), x))
 
 
+def test_compiled_parts_are_seen_each_time():
+    class Block(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.LayerNorm()(x)
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            for i in range(2):
+                x = linen.jit(Block)(name=f"block{i}")(x)
+            return linen.LayerNorm(use_scale=False, use_bias=False, name="bare")(x)
+
+    x = jnp.ones((3, 4))
+    variables = Model().init(jax.random.key(0), x)
+    for _ in range(2):
+        bundle = nk.extract(Model(), variables, (x,))
+        assert list(bundle) == ["block0.LayerNorm_0", "block1.LayerNorm_0", "bare"]
+    assert bundle["bare"].definition == nk.LayerNorm.flax(4, scale=False, bias=False)
+
+
+def test_layers_that_are_not_called_are_missed():
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x, aux):
+            return linen.BatchNorm(True, name="aux")(x) if aux else x
+
+    x = jnp.ones((3, 4))
+    variables = Model().init(jax.random.key(0), x, True)
+    with pytest.raises(ValueError, match="running statistics of aux, which the model does not"):
+        nk.extract(Model(), variables, (x, False))
+
+
+def test_variables_without_statistics(module):
+    model, variables, x = module
+    bundle = nk.extract(model, variables, (x, True))
+    with pytest.raises(ValueError, match=r"BatchNorm_0: .* needs mean and var"):
+        nk.restore(model, bundle, variables={"params": variables["params"]}, inputs=(x, True))
+
+
+def test_what_flax_does_differently_natively():
+    rms = nnx.RMSNorm(4, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="cannot take over eps=None"):
+        nk.restore(rms, nk.extract(nk.numpy.layer(nk.RMSNorm(4))), adopt=True)
+
+    class Own(nnx.LayerNorm):
+        def __call__(self, x):
+            return x
+
+    with pytest.raises(ValueError, match="Own has a __call__ of its own"):
+        nk.extract(Own(4, rngs=nnx.Rngs(0)))
+
+    class Holder(nnx.Pytree):
+        def __init__(self):
+            self.norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.holder = Holder()
+
+    assert list(nk.extract(Model())) == ["holder.norm"]
+
+
 def test_boxes_stay_around_parameters():
     class Boxed(linen.Module):
         @linen.compact

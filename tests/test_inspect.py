@@ -69,12 +69,52 @@ def test_a_checkpoint_of_pytorch(tmp_path, capsys):
         assert "| 1     | BatchNorm or InstanceNorm " in text
         assert "| 2     | LayerNorm or GroupNorm " in text
         assert "| 3     | RMSNorm, or no normalization " in text
-        assert "| 0 " not in text
+        assert "\n| 0 " not in text
         assert "does not say what its layers compute" in text
     torch.save(model, tmp_path / "model.pt")
     with pytest.raises(SystemExit):
         command.main(["inspect", str(tmp_path / "model.pt")])
     assert "Save model.state_dict() instead" in capsys.readouterr().err
+
+
+def test_checkpoints_of_every_shape(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    nn, ones = torch.nn, torch.ones
+    model = nn.Sequential(nn.LayerNorm((3, 2)), nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    nested = {"generator": model.state_dict(), "critic": {"norm": nn.LayerNorm(2).state_dict()}}
+    torch.save(nested, tmp_path / "a.pt")
+    text = said(capsys, "inspect", str(tmp_path / "a.pt"))
+    for name in ("generator.0", "generator.2", "critic.norm"):
+        assert f"\n| {name} " in text
+    assert "generator.1 " not in text
+    odd = {"a.running_mean": ones(4), "a.running_var": ones(5), "b.running_var": ones(2)}
+    torch.save(odd, tmp_path / "b.pt")
+    assert said(capsys, "inspect", str(tmp_path / "b.pt")) == "no normalization layers\n"
+    with pytest.raises(SystemExit):
+        command.main(["diff", *[str(tmp_path / "b.pt")] * 2])
+    assert "no normalization layers were found in either file" in capsys.readouterr().err
+    same = said(capsys, "diff", *[str(tmp_path / "a.pt")] * 2)
+    assert same.startswith("the same: 3 layers\nA checkpoint does not say what its layers compute")
+
+
+def test_safetensors_of_others(tmp_path, capsys):
+    from safetensors.numpy import save_file
+
+    ones = np.ones(3, np.float32)
+    found = {"ln.weight": ones, "ln.bias": ones, "fc.weight": np.ones((3, 3))}
+    save_file(found, tmp_path / "m.safetensors")
+    text = said(capsys, "inspect", str(tmp_path / "m.safetensors"))
+    assert "| ln    | LayerNorm or GroupNorm |" in text
+    assert "fc" not in text
+
+
+def test_names_forge_no_rows(tmp_path, capsys):
+    layer = nk.numpy.layer(nk.LayerNorm(3))
+    path = saved(tmp_path / "a.safetensors", **{"a\n| b \x1b[2J": layer})
+    text = said(capsys, "inspect", path)
+    assert "\x1b" not in text
+    assert text.startswith("| layer ")
+    assert "| a\\n\\| b \\x1b[2J |" in text
 
 
 def test_a_pickle_is_not_run(tmp_path):

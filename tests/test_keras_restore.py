@@ -63,7 +63,41 @@ def test_a_frozen_layer_does_not_train():
     assert nk.extract(layer)[""].training is None
     layer.trainable = False
     assert nk.extract(layer)[""].training is False
-    assert nk.port(layer, "keras").trainable is False
+    model = nkk.convert(keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()]))
+    nkk.freeze(model, parameters=False)
+    assert nk.extract(model.layers[0])[""].training is False
+    assert nk.port(model.layers[0], "keras").trainable  # the call decides in Keras
+
+
+def test_what_keras_does_differently_natively():
+    rms = keras.layers.RMSNormalization(axis=1)
+    rms.build((2, 4, 5))
+    with pytest.raises(ValueError, match="natively it multiplies along the last axes"):
+        nk.extract(rms)
+    usual = keras.layers.RMSNormalization(epsilon=None)
+    usual.build((2, 4))
+    assert nkk.definition(usual).eps == keras.backend.epsilon()
+    with pytest.raises(ValueError, match="cannot take over eps=None"):
+        nk.restore(usual, nk.extract(nk.numpy.layer(nk.RMSNorm(4))), adopt=True)
+
+    class Own(keras.layers.LayerNormalization):
+        def call(self, inputs):
+            return inputs
+
+    own = Own()
+    own.build((2, 4))
+    with pytest.raises(ValueError, match="Own has a call of its own"):
+        nk.extract(own)
+
+
+def test_groups_that_were_taken_over_are_saved(tmp_path):
+    model = keras.Sequential([keras.Input((5, 4)), nkk.GroupNormalization(groups=-1)])
+    [name] = nk.extract(model)
+    source = nk.extract(nk.numpy.layer(nk.GroupNorm.keras(2, 4)))
+    nk.restore(model, source, {name: ""}, adopt=True)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert nkk.definition(loaded.layers[0]) == nk.GroupNorm.keras(2, 4)
 
 
 def test_compiled_functions_see_what_was_taken_over():

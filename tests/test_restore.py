@@ -13,6 +13,7 @@ from normkit._bundle import Bundle, Entry
 torch = pytest.importorskip("torch")
 nt = pytest.importorskip("normkit.torch")
 nn = torch.nn
+prune = pytest.importorskip("torch.nn.utils.prune")
 
 
 def model(eps=1e-5, norm=nn.BatchNorm2d):
@@ -206,8 +207,84 @@ def test_rounding_is_in_the_report():
 def test_parametrized_layers_are_refused():
     layer = nn.LayerNorm(3)
     nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
-    with pytest.raises(ValueError, match="a parametrization"):
+    with pytest.raises(ValueError, match=r"\(a parametrization, pruning"):
         nk.restore(layer, nk.extract(nn.LayerNorm(3)))
+
+
+def test_weights_that_a_hook_computes_are_refused():
+    layer = nn.LayerNorm(3)
+    prune.identity(layer, "weight")
+    with pytest.raises(ValueError, match="computes its weight from other parameters"):
+        nk.restore(layer, nk.extract(nn.LayerNorm(3)))
+
+
+def test_subclasses_with_a_forward_of_their_own_are_refused():
+    class LayerNorm2d(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+    class Renamed(nn.LayerNorm):
+        pass
+
+    for act in (nk.extract, lambda layer: nk.port(layer, "numpy")):
+        with pytest.raises(ValueError, match="LayerNorm2d has a forward of its own"):
+            act(LayerNorm2d(3))
+        act(Renamed(3))
+
+
+def test_layers_whose_flag_was_changed_are_refused():
+    for layer in (nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True)):
+        layer.track_running_stats = False
+        with pytest.raises(ValueError, match="has track_running_stats=False, but it was made"):
+            nk.extract(layer)
+    layer = nn.BatchNorm1d(3, momentum=None)
+    layer.num_batches_tracked = None  # as natively, it then never learns
+    assert nk.extract(layer)[""].definition.decay == 1.0
+
+
+@pytest.mark.parametrize("field", ["shape", "scale", "track_running_stats", "epsilon"])
+def test_only_what_may_differ_is_kept_or_adopted(field):
+    bundle = nk.extract(nn.LayerNorm((2, 3)))
+    for option in ({"keep": [field]}, {"adopt": [field]}, {"keep": field}):
+        with pytest.raises(ValueError, match=f"names fields of definitions.* but got '{field}'"):
+            nk.restore(nn.LayerNorm((3, 2)), bundle, **option)
+
+
+def test_a_cumulative_average_needs_its_count():
+    entry = nk.extract(nk.numpy.layer(nk.BatchNorm(3)))[""]
+    arrays = {name: a for name, a in entry.arrays.items() if name != "count"}
+    bundle = Bundle({"": Entry(entry.definition, arrays)})
+    with pytest.raises(ValueError, match="needs a count of batches, and the bundle has none"):
+        nk.restore(nn.BatchNorm1d(3, momentum=None), bundle, keep=["decay"])
+
+
+def test_what_a_layer_cannot_hold_is_undone():
+    twins = nn.ModuleList([nn.LayerNorm(3), nn.LayerNorm(3)])
+    bundle = nk.extract(twins)
+    bundle["1"].arrays["scale"][:] = 2
+    twins[1].weight = twins[0].weight
+    before = bits(twins)
+    with pytest.raises(ValueError, match="0: scale does not hold what it was given: it shares"):
+        nk.restore(twins, bundle)
+    assert bits(twins) == before
+    half = nn.BatchNorm1d(3).half()
+    wide = nk.extract(nn.BatchNorm1d(3))
+    wide[""].arrays["var"][:] = 1e6
+    before = bits(half)
+    with pytest.raises(ValueError, match="its dtype, float16, is too narrow; nothing was changed"):
+        nk.restore(half, wide)
+    assert bits(half) == before
+
+
+def test_scripted_modules_are_refused():
+    with pytest.raises(TypeError, match="a scripted module does not say what its layers are"):
+        nk.extract(torch.jit.script(nn.Sequential(nn.LayerNorm(3))))
+
+
+def test_aliases_name_layers_too():
+    shared = nn.LayerNorm(4)
+    net = nn.ModuleDict({"a": shared, "b": shared})
+    nk.restore(net, Bundle({"x": nk.extract(nn.LayerNorm(4))[""]}), {"b": "x"})
 
 
 def test_lazy_and_meta_layers_are_refused():

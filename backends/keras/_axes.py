@@ -75,3 +75,12 @@ def are_last(layer: Any) -> bool:
     ndim = len(built_shape(layer))
     axes = _checks.axes_in_range(axes_of(layer), ndim)
     return axes == tuple(range(ndim - len(axes), ndim))
+
+
+def multiplied_elsewhere(layer: Any) -> ValueError:
+    """A native layer that does not multiply along the axes that it normalizes over."""
+    msg = (
+        f"{layer.name!r} normalizes over axis={layer.axis!r}, but natively it multiplies along the "
+        f"last axes; no definition describes that. Make it with the last axes, or normkit's."
+    )
+    return ValueError(msg)

@@ -154,7 +154,7 @@ def _set(model: Layer, statistics: bool, parameters: bool, *, frozen: bool) -> L
         remembers = _remembers(layer)
         if not (parameters or (statistics and remembers)):
             continue
-        parts = _parts(layer)
+        parts = frozen_parts(layer)
         named = {STATISTICS} if statistics else set()
         named |= {PARAMETERS} if parameters else set()
         parts = parts | named if frozen else parts - named
@@ -176,7 +176,7 @@ def _remembers(layer: Any) -> bool:
     return isinstance(layer, InstanceNormalization) and bool(layer.track_running_stats)
 
 
-def _parts(layer: Any) -> set[str]:
+def frozen_parts(layer: Any) -> set[str]:
     """Which parts of ``layer`` are frozen."""
     if not layer.trainable:
         return set(_BOTH)

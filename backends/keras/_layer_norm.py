@@ -128,6 +128,10 @@ def describe(layer: keras.layers.LayerNormalization) -> nk.LayerNorm:
         )
         raise ValueError(msg)
     shape, axes = _axes.described(layer)
+    native = not isinstance(layer, LayerNormalization)
+    if native and keras.backend.backend() == "torch" and layer.weights:
+        if not _axes.are_last(layer):
+            raise _axes.multiplied_elsewhere(layer)
     return nk.LayerNorm(
         shape,
         axes=axes,

@@ -132,10 +132,15 @@ def build(definition: nk.RMSNorm, **options: Any) -> RMSNormalization:
 def describe(layer: keras.layers.RMSNormalization) -> nk.RMSNorm:
     """The definition of ``layer``, a native one or normkit's."""
     shape, axes = _axes.described(layer)
+    native = not isinstance(layer, RMSNormalization)
+    if native and not _axes.are_last(layer):
+        raise _axes.multiplied_elsewhere(layer)
+    # Natively None stands for what is set for all of Keras.
+    eps = keras.backend.epsilon() if native and layer.epsilon is None else layer.epsilon
     return nk.RMSNorm(
         shape,
         axes=axes,
-        eps=layer.epsilon,
+        eps=eps,
         scale=getattr(layer, "use_scale", True),
         zero_centered=getattr(layer, "zero_centered", False),
         scale_after_cast=getattr(layer, "scale_after_cast", False),

@@ -6,12 +6,13 @@ from typing import Any
 
 import keras
 
-from normkit._bundle import Arrays, Entry
+from normkit._bundle import Arrays, Entry, differences
 from normkit._definition import Definition
 from normkit._slot import Slot
 
 from . import _portable
 from ._convert import forget_compiled
+from ._freeze import frozen_parts
 
 Layer = keras.layers.Layer
 
@@ -44,8 +45,9 @@ class _Slot(Slot):
 
     @property
     def training(self) -> bool | None:
-        # One that is not trainable uses its moving statistics, whatever the call says.
-        return None if self.layer.trainable else False
+        # One that is frozen uses its moving statistics, whatever the call says.
+        remembers = getattr(self.layer, "moving_mean", None) is not None
+        return False if remembers and "statistics" in frozen_parts(self.layer) else None
 
     def read(self) -> Arrays:
         shape = self.definition.parameter_shape
@@ -60,14 +62,16 @@ class _Slot(Slot):
                 variable.assign(arrays[name].reshape(variable.shape))
 
     def configure(self, definition: Definition) -> None:
-        old = self.definition
-        for field, attribute in _ATTRIBUTES.items():
-            new = getattr(definition, field, None)
-            if not hasattr(definition, field) or not hasattr(self.layer, attribute):
-                continue
-            # A cumulative average needs a weight more, and a layer is built once.
-            if field != "decay" or (new is None) == (getattr(old, field) is None):
+        native = not type(self.layer).__module__.startswith("normkit.")
+        for field, old, new in differences(self.definition, definition):
+            attribute = _ATTRIBUTES.get(field)
+            # A cumulative average needs a weight more, and a layer is built once; and natively
+            # eps=None is another number.
+            lacking = (old is None or new is None) and (field == "decay" or native)
+            if attribute is not None and hasattr(self.layer, attribute) and not lacking:
                 setattr(self.layer, attribute, new)
+                if field == "num_groups" and not native:
+                    self.layer._each_channel = False
         forget_compiled(self.model)
 
     def _variables(self) -> dict[str, Any]:
@@ -121,5 +125,4 @@ def made(entry: Entry, **options: Any) -> Layer:
     layer.input_spec = keras.layers.InputSpec(min_ndim=least, axes=given)
     layer._build_shapes_dict = None
     _Slot("", layer, (), layer).write(entry.arrays)
-    layer.trainable = entry.training is not False
     return layer

@@ -14,7 +14,7 @@ from normkit._batch_norm import apply_batch_norm
 
 from . import _usual
 from ._backend import BACKEND
-from ._buffers import decay_of, know_features, state_of, store
+from ._buffers import decay_of, know_features, know_whether_it_tracks, state_of, store
 from ._leaf import leaf, traced
 
 
@@ -211,11 +211,15 @@ def build(definition: nk.BatchNorm, **options: Any) -> BatchNorm:
 
 def describe(layer: _BatchNorm) -> nk.BatchNorm:
     """The definition of ``layer``, a native one or normkit's."""
+    know_whether_it_tracks(layer)
+    decay = None if layer.momentum is None else round(1 - layer.momentum, 15)
+    if decay is None and layer.running_mean is not None and layer.num_batches_tracked is None:
+        decay = 1.0  # there is no cumulative average without a counter
     return nk.BatchNorm(
         layer.num_features,
         axis=getattr(layer, "axis", 1),
         eps=layer.eps,
-        decay=None if layer.momentum is None else round(1 - layer.momentum, 15),
+        decay=decay,
         correction=getattr(layer, "correction", 1),
         scale=layer.weight is not None,
         bias=layer.bias is not None,

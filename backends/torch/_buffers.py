@@ -68,3 +68,13 @@ def know_features(layer: _NormBase, x: Tensor | None = None) -> None:
             layer.num_features = known.shape[0]
         elif x is not None:
             layer.num_features = x.shape[1]
+
+
+def know_whether_it_tracks(layer: _NormBase) -> None:
+    """Refuse a layer whose flag was changed after it was made: it does a bit of both."""
+    if layer.track_running_stats != (layer.running_mean is not None):
+        msg = (
+            f"a {type(layer).__name__} has track_running_stats={layer.track_running_stats}, but it "
+            f"was made otherwise, and no definition describes that; make it with what it is to do."
+        )
+        raise ValueError(msg)

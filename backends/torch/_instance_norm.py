@@ -15,7 +15,7 @@ from normkit._batch_norm import apply_batch_norm
 
 from . import _usual
 from ._backend import BACKEND
-from ._buffers import decay_of, know_features, state_of, store
+from ._buffers import decay_of, know_features, know_whether_it_tracks, state_of, store
 from ._leaf import leaf, traced
 
 
@@ -223,6 +223,7 @@ def build(definition: nk.InstanceNorm, **options: Any) -> InstanceNorm:
 
 def describe(layer: _InstanceNorm) -> nk.InstanceNorm:
     """The definition of ``layer``, a native one or normkit's."""
+    know_whether_it_tracks(layer)
     if layer.momentum is None:
         # The native layer then leaves its running statistics as they are.
         decay = None if isinstance(layer, _Exact) else 1.0

@@ -60,5 +60,6 @@ def definition(layer: nn.Module) -> Definition:
         raise ValueError(msg)
     for _, native, module in _FAMILY:
         if isinstance(layer, native):
+            _checks.computes_as_its_class(layer, "forward", "torch")
             return module.describe(layer)
     raise _checks.no_layer(layer)

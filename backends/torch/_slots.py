@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.modules.batchnorm import _NormBase
 
-from normkit._bundle import Arrays, Entry
+from normkit._bundle import Arrays, Entry, differences
 from normkit._definition import Definition
 from normkit._extras import bfloat16
 from normkit._slot import Slot
@@ -42,33 +42,32 @@ class _Slot(Slot):
         return _portable.definition(self.layer)
 
     @property
-    def training(self) -> bool:
-        return self.layer.training
+    def training(self) -> bool | None:
+        return self.layer.training if isinstance(self.layer, _NormBase) else None
 
     def read(self) -> Arrays:
         return {name: array(t) for name, t in self._tensors().items()}
 
     def write(self, arrays: Arrays) -> None:
-        if parametrize.is_parametrized(self.layer):
-            msg = (
-                f"{self.name!r} computes its parameters from others (a parametrization), so they "
-                f"cannot be written; remove it first (remove_parametrizations)."
-            )
-            raise ValueError(msg)
+        own = self.layer._parameters | self.layer._buffers
         with torch.no_grad():
             for name, t in self._tensors().items():
+                if own.get(_NAMES[name]) is not t:
+                    msg = (
+                        f"{self.name!r} computes its {_NAMES[name]} from other parameters (a "
+                        f"parametrization, pruning or weight norm), so that it cannot be written; "
+                        f"remove that first."
+                    )
+                    raise ValueError(msg)
                 if name in arrays:
                     t.copy_(tensor(arrays[name]).view(t.shape))
 
     def configure(self, definition: Definition) -> None:
-        for field, attribute in _ATTRIBUTES.items():
-            new = getattr(definition, field, None)
-            if hasattr(definition, field) and hasattr(self.layer, attribute):
+        for field, _, new in differences(self.definition, definition):
+            if field in _ATTRIBUTES and hasattr(self.layer, _ATTRIBUTES[field]):
                 if field == "decay" and new is not None:
                     new = round(1 - new, 15)
-                # The layer has axes of its own only where they are not the last ones.
-                if field != "axes" or new != _portable.definition(self.layer).axes:
-                    setattr(self.layer, attribute, new)
+                setattr(self.layer, _ATTRIBUTES[field], new)
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {name: getattr(self.layer, own, None) for name, own in _NAMES.items()}
@@ -81,6 +80,9 @@ class _Slot(Slot):
 
 def slots(model: nn.Module) -> list[Slot]:
     """The normalization layers of ``model``, in the order of ``named_modules``."""
+    if isinstance(model, torch.jit.ScriptModule):
+        msg = "a scripted module does not say what its layers are; take those of the original one."
+        raise TypeError(msg)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _portable.KINDS):

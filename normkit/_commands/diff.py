@@ -6,10 +6,9 @@ import argparse
 
 import numpy as np
 
-from normkit._bundle import shown
+from normkit._bundle import differences, shown
 from normkit._commands import RefusedError, sources
 from normkit._report import table
-from normkit._restore import differences
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +29,16 @@ def main(options: argparse.Namespace) -> int:
             continue
         names = dict.fromkeys((shown(mine.name), shown(theirs.name)))
         rows += [[" / ".join(names), *difference] for difference in _between(mine, theirs)]
-    if not rows:
+    if not a and not b:
+        msg = "no normalization layers were found in either file."
+        raise RefusedError(msg)
+    if rows:
+        print(table(["layer", "in", options.a, options.b], rows, left=4))
+    else:
         print(f"the same: {len(a)} layers")
-        return 0
-    print(table(["layer", "in", options.a, options.b], rows, left=4))
-    return 1
+    if any(layer.definition is None for layer in (*a, *b)):
+        print(sources.CHECKPOINT)
+    return 1 if rows else 0
 
 
 Pair = tuple[sources.Found | None, sources.Found | None]
@@ -66,7 +70,8 @@ def _between(a: sources.Found, b: sources.Found) -> list[list[str]]:
         else:
             x, y = one.astype(np.float64), other.astype(np.float64)
             if not np.array_equal(x, y, equal_nan=True):
-                gap = f"up to {np.max(np.abs(x - y)):.3g} apart"
+                both = np.isfinite(x) & np.isfinite(y)
+                gap = f"up to {np.max(np.abs(x[both] - y[both]), initial=0):.3g} apart"
                 found.append([name, sources.summary(x), f"{sources.summary(y)}; {gap}"])
             elif one.dtype != other.dtype:
                 found.append([name, str(one.dtype), str(other.dtype)])

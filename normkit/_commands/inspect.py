@@ -18,10 +18,6 @@ _ITS_OWN = {
 _FRAMEWORKS = ("torch", "keras", "flax")
 _FAR = 1e3  # |mean| / deviation
 _MANY = 5  # names in a line
-_CHECKPOINT = (
-    "A checkpoint of PyTorch does not say what its layers compute: eps, momentum, groups and axes "
-    "are those of the code that made it."
-)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +41,7 @@ def main(options: argparse.Namespace) -> int:
             notes.setdefault(note, []).append(shown(layer.name))
     print(table(["layer", "definition", "mean", "variance", "scale"], rows, left=2))
     if any(layer.definition is None for layer in layers):
-        print(f"\n{_CHECKPOINT}")
+        print(f"\n{sources.CHECKPOINT}")
     if notes:
         print("\nWhat will bite on a port:")
     for note, names in notes.items():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,6 +17,11 @@ from normkit._bundle import Arrays
 from normkit._commands import RefusedError
 from normkit._definition import Definition
 from normkit._extract import extract
+
+CHECKPOINT = (
+    "A checkpoint does not say what its layers compute: eps, momentum, groups and axes are those "
+    "of the code that made it."
+)
 
 # How the parts of a layer are called in a state dict of PyTorch.
 _PARTS = {
@@ -59,7 +63,7 @@ def read(path: str) -> list[Found]:
         if ending in (".pt", ".pth", ".bin", ".ckpt"):
             return _of_checkpoint(path)
         if ending == ".safetensors":
-            return _described(load(path))
+            return _of_safetensors(path)
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise RefusedError(str(error)) from error
     msg = (
@@ -74,6 +78,23 @@ def _described(bundle: Any) -> list[Found]:
         Found(name, e.definition, type(e.definition).__name__, e.arrays)
         for name, e in bundle.items()
     ]
+
+
+def _of_safetensors(path: str) -> list[Found]:
+    try:
+        return _described(load(path))
+    except ValueError as error:
+        if "was not written by" not in str(error):
+            raise
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return _of_tensors(shapes, file.get_tensor)
+    except SafetensorError as error:
+        msg = f"{path!r} is damaged: {error}."
+        raise RefusedError(msg) from error
 
 
 def _of_keras(path: str) -> list[Found]:
@@ -99,41 +120,61 @@ def _of_checkpoint(path: str) -> list[Found]:
     torch, slots = import_module("torch"), import_module("normkit.torch._slots")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).partition("\n")[0]
+    except OSError:
+        raise
+    except Exception as error:  # PyTorch raises of every kind at a file that is damaged
         msg = (
             f"{path!r} is damaged, or holds more than tensors, and is not loaded, since that could "
-            f"run what is in it: {first} Save model.state_dict() instead."
+            f"run what is in it. Save model.state_dict() instead."
         )
         raise RefusedError(msg) from error
-    layers: dict[str, Arrays] = {}
-    for name, t in _state_dict(found, path).items():
-        layer, _, part = name.rpartition(".")
-        if part in _PARTS and isinstance(t, torch.Tensor):
-            layers.setdefault(layer, {})[_PARTS[part]] = slots.array(t)
-    kinds = {name: _kind(arrays) for name, arrays in layers.items()}
-    return [Found(name, None, kind, layers[name]) for name, kind in kinds.items() if kind]
-
-
-def _state_dict(found: Any, path: str) -> Mapping[str, Any]:
-    """The state dict in a checkpoint, which may have other things beside it."""
-    for name in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+    if not isinstance(found, Mapping):
         msg = f"{path!r} has no state dict, but a {type(found).__name__}."
         raise RefusedError(msg)
+    tensors = {n: t for n, t in _flat(found) if isinstance(t, torch.Tensor) and not t.is_meta}
+    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+    return _of_tensors(shapes, lambda name: slots.array(tensors[name]))
+
+
+def _of_tensors(shapes: dict[str, tuple[int, ...]], read: Callable[[str], Any]) -> list[Found]:
+    """The normalization layers among the tensors of a state dict."""
+    layers: dict[str, dict[str, str]] = {}
+    for name in shapes:
+        layer, _, part = name.rpartition(".")
+        if part in _PARTS:
+            layers.setdefault(layer, {})[_PARTS[part]] = name
+    found = []
+    for layer, parts in layers.items():
+        kind = _kind({part: shapes[name] for part, name in parts.items()})
+        if kind is not None:
+            arrays = {part: np.asarray(read(name)) for part, name in parts.items()}
+            found.append(Found(layer, None, kind, arrays))
     return found
 
 
-def _kind(arrays: Arrays) -> str | None:
-    """What has these parts; None if it is no normalization layer. Those alone have flat weights."""
-    if "mean" in arrays and "var" in arrays:
-        return "BatchNorm or InstanceNorm"
-    scale = arrays.get("scale")
-    if scale is None or scale.ndim != 1:
+def _flat(found: Mapping[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The state dicts in a checkpoint, and what is beside them. Its own prefix is left out."""
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            usual = not above and name in ("state_dict", "model_state_dict", "model")
+            yield from _flat(value, above if usual else f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def _kind(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """What has parts of these shapes; None if it is no normalization layer.
+
+    Those alone have flat weights, or weights of the shape that their bias has.
+    """
+    scale, bias = shapes.get("scale"), shapes.get("bias")
+    if "mean" in shapes or "var" in shapes:
+        flat = {shape for part, shape in shapes.items() if part != "count"}
+        whole = {"mean", "var"} <= shapes.keys() and len(flat) == 1
+        return "BatchNorm or InstanceNorm" if whole else None
+    if scale is None or not scale or bias not in (None, scale) or (bias is None and len(scale) > 1):
         return None
-    return "LayerNorm or GroupNorm" if "bias" in arrays else "RMSNorm, or no normalization"
+    return "LayerNorm or GroupNorm" if bias else "RMSNorm, or no normalization"
 
 
 def _need(package: str, path: str) -> None:
@@ -145,4 +186,6 @@ def _need(package: str, path: str) -> None:
 def summary(a: Any) -> str:
     """The range of an array."""
     a = np.asarray(a, np.float64)
-    return f"{a.min():.3g} to {a.max():.3g}" if a.size else ""
+    finite = a[np.isfinite(a)]
+    broken = f", {a.size - finite.size} not finite" if finite.size < a.size else ""
+    return f"{finite.min():.3g} to {finite.max():.3g}{broken}" if finite.size else broken[2:]

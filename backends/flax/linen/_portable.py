@@ -65,5 +65,6 @@ def definition(layer: nn.Module, variables: Any = None) -> Definition:
     """
     for _, native, module in _FAMILY:
         if isinstance(layer, native):
+            _checks.computes_as_its_class(layer, "__call__", "flax")
             return module.describe(layer, variables)
     raise _checks.no_layer(layer)

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict, freeze, unfreeze
+from flax.traverse_util import flatten_dict
 
 from normkit._bundle import Arrays, Entry
 from normkit._definition import Definition
 from normkit._slot import Slot
+from normkit.flax import _arguments
 
 from . import _portable
 
@@ -39,12 +41,20 @@ class _Tree:
             part = part.get(name, {})
         return part
 
+    def remembering(self) -> list[tuple[str, ...]]:
+        """The paths at which there are running statistics."""
+        flat = flatten_dict(self.found.get("batch_stats", {}))
+        return [path[:-1] for path in flat if path[-1] == "mean" and (*path[:-1], "var") in flat]
+
 
 class _Slot(Slot):
-    def __init__(self, path: tuple[str, ...], layer: nn.Module, tree: _Tree) -> None:
+    def __init__(
+        self, path: tuple[str, ...], layer: Any, tree: _Tree, shape: tuple[int, ...] = ()
+    ) -> None:
         super().__init__(".".join(path), layer)
         self.path = path
         self.tree = tree
+        self.shape = shape  # of what it was called with, if it was
 
     @property
     def variables(self) -> Any:
@@ -53,6 +63,14 @@ class _Slot(Slot):
     @property
     def definition(self) -> Definition:
         own = {name: self.tree.part(name, self.path) for name in ("params", "batch_stats")}
+        if not any(own.values()) and self.shape:
+            # It has nothing that would tell the lengths; parameters would have these.
+            axes = getattr(self.layer, "reduction_axes", None)
+            axes = _arguments.positions(
+                getattr(self.layer, "axis", -1) if axes is None else axes, len(self.shape)
+            )
+            lengths = tuple(self.shape[axis] for axis in axes)
+            own = {"params": {"scale": jax.ShapeDtypeStruct(lengths, jnp.float32)}}
         return _portable.definition(self.layer, own)
 
     @property
@@ -102,12 +120,13 @@ def slots(model: nn.Module, variables: Any = None, inputs: Any = None) -> list[S
             f"will do)."
         )
         raise ValueError(msg)
-    found: dict[tuple[str, ...], nn.Module] = {}
+    found: dict[tuple[str, ...], tuple[nn.Module, tuple[int, ...]]] = {}
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         layer = context.module
         if context.method_name == "__call__" and isinstance(layer, _portable.KINDS):
-            found.setdefault(layer.path, layer.clone(parent=None))
+            x = args[0] if args else next(iter(kwargs.values()))
+            found.setdefault(layer.path, (layer.clone(parent=None), x.shape))
         return call(*args, **kwargs)
 
     def run(variables: Any, inputs: Any) -> Any:
@@ -115,11 +134,18 @@ def slots(model: nn.Module, variables: Any = None, inputs: Any = None) -> list[S
         rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
         return model.apply(variables, *args, rngs=rngs, mutable=True, **named)
 
-    with nn.intercept_methods(note):
+    # What is compiled already (nn.jit) would be called without being seen.
+    with nn.intercept_methods(note), jax.disable_jit():
         # Flags are no arrays; they are what the model decides by.
         dynamic, static = _divided(inputs)
         jax.eval_shape(lambda v, d: run(v, _joined(d, static)), variables, dynamic)
-    return [_Slot(path, layer, tree) for path, layer in found.items()]
+    if missed := [".".join(path) for path in tree.remembering() if path not in found]:
+        msg = (
+            f"the variables have running statistics of {' and '.join(missed)}, which the model "
+            f"does not call with these inputs; give inputs= with which it calls every layer."
+        )
+        raise ValueError(msg)
+    return [_Slot(path, layer, tree, shape) for path, (layer, shape) in found.items()]
 
 
 def made(entry: Entry, **options: Any) -> tuple[nn.Module, Any]:

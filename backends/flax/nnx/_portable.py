@@ -54,5 +54,6 @@ def definition(layer: nnx.Module) -> Definition:
     """
     for _, native, module in _FAMILY:
         if isinstance(layer, native):
+            _checks.computes_as_its_class(layer, "__call__", "flax")
             return module.describe(layer)
     raise _checks.no_layer(layer)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from normkit._bundle import Arrays, Entry
+from normkit._bundle import Arrays, Entry, differences
 from normkit._definition import Definition
 from normkit._slot import Slot
 
@@ -54,13 +54,13 @@ class _Slot(Slot):
                 variable[...] = jax.device_put(new, old.sharding)
 
     def configure(self, definition: Definition) -> None:
-        old = self.definition
-        for field, attribute in _ATTRIBUTES.items():
-            new = getattr(definition, field, None)
-            if not hasattr(definition, field) or not hasattr(self.layer, attribute):
-                continue
-            # A cumulative average needs a variable more, which is made with the layer.
-            if field != "decay" or (new is None) == (getattr(old, field) is None):
+        native = not type(self.layer).__module__.startswith("normkit.")
+        for field, old, new in differences(self.definition, definition):
+            attribute = _ATTRIBUTES.get(field)
+            # A cumulative average needs a variable more, which is made with the layer; and
+            # natively there is no eps=None.
+            lacking = (old is None or new is None) and (field == "decay" or native)
+            if attribute is not None and hasattr(self.layer, attribute) and not lacking:
                 setattr(self.layer, attribute, new)
 
     def _variables(self) -> dict[str, nnx.Variable[Any]]:
@@ -104,4 +104,4 @@ def _children(node: Any) -> list[tuple[str, Any]]:
         return [(str(i), child) for i, child in enumerate(node)]
     if isinstance(node, Mapping | nnx.Dict):
         return [(str(name), node[name]) for name in node]
-    return list(vars(node).items()) if isinstance(node, nnx.Module) else []
+    return list(vars(node).items()) if isinstance(node, nnx.Pytree) else []
