@@ -114,6 +114,14 @@ class Bundle(Mapping[str, Entry]):
         return table(("layer", "definition"), rows, left=2)
 
 
+def check_bundle(value: object, call: str) -> None:
+    """Refuse what is no bundle: more likely another argument, or a model."""
+    if not isinstance(value, Bundle):
+        kind = type(value).__name__
+        msg = f"{call} takes a bundle, from nk.extract or nk.load, but got a {kind}."
+        raise TypeError(msg)
+
+
 def shown(name: str) -> str:
     """A name as a table has it: that of a model which is a layer itself is empty."""
     escaped = name.encode("unicode_escape").decode() if not name.isprintable() else name

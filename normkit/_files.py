@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from normkit._bundle import Bundle, Entry, from_fields, to_fields
+from normkit._bundle import Bundle, Entry, check_bundle, from_fields, to_fields
 from normkit._extras import bfloat16, require
 
 _FORMAT, _VERSION = "normkit", "1"
@@ -41,6 +41,7 @@ def save(path: str | os.PathLike[str], bundle: Bundle) -> None:
     Source of the format: https://huggingface.co/docs/safetensors.
     """
     require("safetensors", "normkit.save", "files")
+    check_bundle(bundle, "save")
     from safetensors.numpy import save as serialized
 
     tensors: dict[str, Any] = {}

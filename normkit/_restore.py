@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from normkit._bundle import KINDS, Bundle, Entry, differences, field_names, shown
+from normkit._bundle import (
+    KINDS,
+    Bundle,
+    Entry,
+    check_bundle,
+    differences,
+    field_names,
+    shown,
+)
 from normkit._definition import Definition
 from normkit._extract import named_entry
 from normkit._models import slots_of
@@ -22,6 +30,10 @@ Names = str | Mapping[str, str] | Callable[[str], str | None] | None
 _FIXED = {
     "num_features", "num_channels", "shape", "scale", "bias", "track_running_stats",
 }  # fmt: skip
+
+
+# Where the channels lie is a matter of the model around, so these are taken over by name only.
+_PLACES = {"axis", "axes"}
 
 
 @dataclass(frozen=True)
@@ -55,13 +67,15 @@ def restore(
         model: of any framework, as for ``nk.extract``.
         bundle: from ``nk.extract`` or ``nk.load``.
         names: which layer takes which: None for equal names; ``"order"`` for the order that both
-            have them in; or the name in the bundle for each name in the model, as a mapping or a
-            function. A function may return None for a layer that is to be left as it is.
+            have them in; or the name in the bundle for each name in the model, as a mapping (a
+            layer that it lacks takes the one of its own name) or a function, which may return None
+            for a layer that is to be left as it is.
         adopt: what to do where the definitions differ (``eps``, ``decay``, ``correction``, ...),
             so that the layer would not compute the same. If false, that is an error. If true, the
-            layer takes over the definition, as far as its framework allows that; or name the
-            fields that it may take over. A Keras model around ``model`` that was used before has
-            the old ones in its compiled functions: ``compile`` it again.
+            layer takes over the definition, as far as its framework allows that, but for the axes,
+            which are those of the model around it; or name the fields that it may take over. A
+            Keras model around ``model`` that was used before has the old ones in its compiled
+            functions: ``compile`` it again.
         keep: fields in which the model may differ and stays as it is: ``["axis"]`` where its
             channels lie along another axis than in the model that the bundle is from.
         variables, inputs: of a Linen module, see ``nk.extract``. The new variables are in the
@@ -81,6 +95,7 @@ def restore(
     | -------- | -------- | ------------------- |
     | (itself) | (itself) | eps: 1e-05 to 0.001 |
     """
+    check_bundle(bundle, "restore")
     _check_fields("adopt", () if isinstance(adopt, bool) else adopt)
     _check_fields("keep", keep)
     slots = slots_of(model, variables=variables, inputs=inputs)
@@ -103,8 +118,8 @@ def restore(
 
 
 _HINT = (
-    "With adopt=True a layer takes over what it can; with keep=[...] it may differ in these "
-    "fields. Sizes, and which parameters there are, must be equal."
+    "With adopt=True a layer takes over what it can, but for its axes; with keep=[...] it may "
+    "differ in these fields. Sizes, and which parameters there are, must be equal."
 )
 
 
@@ -158,7 +173,9 @@ class _Plan:
         return found if trouble is None else [*found, trouble]
 
     def _may(self, name: str) -> bool:
-        return self.adopt if isinstance(self.adopt, bool) else name in self.adopt
+        if isinstance(self.adopt, bool):
+            return self.adopt and name not in _PLACES
+        return name in self.adopt
 
     def carry_out(self) -> None:
         if self.new != self.old:
@@ -168,8 +185,8 @@ class _Plan:
                 names = " and ".join(f"{name}={theirs!r}" for name, _, theirs in left)
                 msg = (
                     f"{shown(self.slot.name)}: a {kind.__module__.partition('.')[0]} "
-                    f"{kind.__name__} cannot take over {names}; nothing was changed. normkit's "
-                    f"layers (convert) and new ones (port) can do more."
+                    f"{kind.__name__} cannot take over {names}; nothing was changed. "
+                    f"{self.slot.remedy}"
                 )
                 raise ValueError(msg)
         self.slot.write(self.entry.arrays)
@@ -234,10 +251,12 @@ def _paired(slots: list[Slot], bundle: Bundle, names: Names) -> list[tuple[Slot,
         if name in aliases:
             pairs.append((slot, aliases[name]))
         else:
-            wrong.append(f"{shown(slot.name)}: the bundle has no {shown(name)!r}")
+            wrong.append(f"{shown(slot.name)} of the model: the bundle has no {shown(name)!r}")
     taken = {name for _, name in pairs}
     wrong += [
-        f"{shown(name)}: no layer of the model takes it" for name in bundle if name not in taken
+        f"{shown(name)} of the bundle: no layer of the model takes it"
+        for name in bundle
+        if name not in taken
     ]
     if isinstance(names, Mapping):
         unknown = names.keys() - {name for slot in slots for name in (slot.name, *slot.aliases)}
@@ -245,7 +264,8 @@ def _paired(slots: list[Slot], bundle: Bundle, names: Names) -> list[tuple[Slot,
     if wrong:
         msg = (
             f"{_lines(wrong)}nothing was changed. Say which is which with names=, a mapping from "
-            f'names in the model to names in the bundle, or names="order".'
+            f'names in the model to names in the bundle, or names="order".\n'
+            f"model: {_listed(s.name for s in slots)}\nbundle: {_listed(bundle)}"
         )
         raise ValueError(msg)
     return pairs
@@ -254,7 +274,7 @@ def _paired(slots: list[Slot], bundle: Bundle, names: Names) -> list[tuple[Slot,
 def _name(names: Names, slot: Slot) -> str | None:
     if names is None:
         return slot.name
-    if isinstance(names, str):
+    if isinstance(names, str) or not (isinstance(names, Mapping) or callable(names)):
         msg = f'names is None, "order", a mapping or a function, but got {names!r}.'
         raise ValueError(msg)
     if not isinstance(names, Mapping):

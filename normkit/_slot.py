@@ -20,6 +20,8 @@ class Slot(ABC):
     """
 
     variables: Any = None
+    # What to do where it cannot take over a definition.
+    remedy = "normkit's layers (convert) and new ones (port) can do more."
 
     def __init__(self, name: str, layer: Any, aliases: tuple[str, ...] = ()) -> None:
         self.name = name

@@ -126,8 +126,11 @@ def test_what_cannot_be_taken_over():
     ours.build((None, 5, 4))
     with pytest.raises(ValueError, match="cannot take over decay=None"):
         nk.restore(ours, cumulative, adopt=True)
+    first = nk.extract(nk.numpy.layer(nk.BatchNorm(4)))
+    with pytest.raises(ValueError, match="axis is -1 in the model, but 1 in the bundle"):
+        nk.restore(ours, first, adopt=True)
     with pytest.raises(ValueError, match="cannot take over axis=1"):
-        nk.restore(ours, nk.extract(nk.numpy.layer(nk.BatchNorm(4))), adopt=True)
+        nk.restore(ours, first, adopt=["axis", "eps", "decay", "correction"])
     assert nkk.definition(ours) == nk.BatchNorm.keras(4)
     nk.restore(ours, unbiased, adopt=True)
     assert nkk.definition(ours) == nk.BatchNorm.keras(4, correction=1)

@@ -93,8 +93,10 @@ def test_a_function_leaves_layers_out():
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (None, r"1: the bundle has no '1';\n2\.0: .*first: no layer of the model takes it"),
-        ({"1": "first"}, r"2\.0: the bundle has no '2\.0';\nsecond: no layer of the model"),
+        (None, r"1 of the model: the bundle has no '1';\n2\.0 .*first of the bundle: no layer of"),
+        ({"1": "first"}, r"2\.0 of the model: .* no '2\.0';\nsecond of the bundle: no layer of"),
+        (None, r"model: 1, 2\.0\nbundle: first, second$"),
+        (["first"], r"names is None, .* but got \['first'\]"),
         ({"1": "first", "2.0": "second", "7": "x"}, r"7: the model has no such layer"),
         ("ordre", r"names is None, \"order\", a mapping or a function, but got 'ordre'"),
     ],
@@ -302,6 +304,22 @@ def test_entries_are_checked():
         Entry(nk.LayerNorm(3), {"scale": ones})
     with pytest.raises(ValueError, match="has no 'mean'"):
         Entry(nk.LayerNorm(3, bias=False), {"scale": ones, "mean": ones})
+
+
+def test_axes_are_adopted_by_name_only():
+    source = nk.extract(nk.numpy.layer(nk.BatchNorm(8, axis=-1)))
+    layer = nt.BatchNorm(8)
+    with pytest.raises(ValueError, match="axis is 1 in the model, but -1 in the bundle"):
+        nk.restore(layer, source, adopt=True)
+    nk.restore(layer, source, adopt=["axis"])
+    assert layer.axis == -1
+
+
+def test_what_is_no_bundle():
+    with pytest.raises(TypeError, match=r"restore takes a bundle, .* but got a str"):
+        nk.restore(model(), "a.safetensors")
+    with pytest.raises(TypeError, match=r"save takes a bundle, .* but got a Sequential"):
+        nk.save("a.safetensors", model())
 
 
 def test_only_linen_has_variables():

@@ -136,9 +136,10 @@ def peak(run: Callable[..., Any], x: Any, g: Any) -> float | None:
             run(x, g)
             return (tf.config.experimental.get_memory_info("CPU:0")["peak"] - before) / 2**20
         case "jax":
-            from normkit.flax import _compared
+            import jax
 
-            return _compared.peak(run, x, g)
+            planned = jax.jit(run).lower(x, g).compile().memory_analysis()  # by XLA
+            return (planned.temp_size_in_bytes + planned.output_size_in_bytes) / 2**20
     return timing.peak(run, x, g)
 
 

@@ -48,6 +48,8 @@ class _Tree:
 
 
 class _Slot(Slot):
+    remedy = "What a Linen module computes is written in the code of its model."
+
     def __init__(
         self, path: tuple[str, ...], layer: Any, tree: _Tree, shape: tuple[int, ...] = ()
     ) -> None:
@@ -111,6 +113,8 @@ def slots(model: nn.Module, variables: Any = None, inputs: Any = None) -> list[S
         )
         raise ValueError(msg)
     tree = _Tree(variables)
+    if inputs is not None and not isinstance(inputs, dict):
+        inputs = tuple(inputs) if isinstance(inputs, list | tuple) else (inputs,)
     if isinstance(model, _portable.KINDS):
         return [_Slot((), model, tree)]
     if inputs is None:
