@@ -19,8 +19,9 @@ def extract(model: Any, variables: Any = None, inputs: Any = None) -> Bundle:
         model: a ``torch.nn.Module``, a Keras layer or model, an ``nnx.Module``, a Linen module, or
             a layer of ``normkit.numpy``; it may be a normalization layer itself.
         variables: those of a Linen module, as ``init`` returns them.
-        inputs: a tuple of what a Linen module is called with. It is needed where submodules are
-            made in the call (``nn.compact``), and only its shapes are.
+        inputs: what a Linen module is called with: a tuple of arguments, a dict of them by name,
+            or an array. Needed unless the module is a normalization layer itself; of arrays
+            nothing but their shapes is used.
 
     Returns:
         A mapping from names, which are the framework's paths (``"layer1.0.bn2"`` in PyTorch,

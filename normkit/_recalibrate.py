@@ -126,6 +126,8 @@ class Recalibration:
 
         ``write`` gets the key of a layer, its mean, its variance, and how often it was called.
         """
+        if hasattr(batches, "shape"):
+            raise _no_list(tuple(batches.shape))
         passes = 1 if self._one_pass else len(self._left)
         if passes > 1 and isinstance(batches, Iterator):
             raise _one_shot(passes)
@@ -211,6 +213,14 @@ def _nothing() -> ValueError:
         "BatchNorm, and normkit's InstanceNorm with track_running_stats, keep some."
     )
     return ValueError(msg)
+
+
+def _no_list(shape: tuple[int, ...]) -> TypeError:
+    msg = (
+        f"the data must be something that yields batches, but got an array of shape {shape}; give "
+        f"a list of batches, or [x] if it is a single one."
+    )
+    return TypeError(msg)
 
 
 def _one_shot(layers: int) -> ValueError:

@@ -116,6 +116,22 @@ def test_what_is_missing_is_named(monkeypatch, capsys):
     assert "Not here: keras-jax, for lack of keras, jax." in said
 
 
+@pytest.mark.parametrize("name", ["check", "bench"])
+def test_nothing_to_run_is_no_success(name, monkeypatch, capsys):
+    monkeypatch.setattr(frameworks, "find_spec", lambda package: None)
+    with pytest.raises(SystemExit) as stopped:
+        command.main([name, "--framework", "torch"])
+    assert stopped.value.code == 2
+    assert "nothing to run: not here are torch, for lack of torch." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["no/where.png", "a.txt", "a"])
+def test_a_place_for_the_picture_is_asked_for_first(path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["check", "--framework", "numpy", "--plot", path])
+    assert "--plot takes a file .png" in capsys.readouterr().err
+
+
 def test_a_framework_that_fails_is_not_passed_over(monkeypatch, capsys):
     broken = {"numpy": Framework("no_such_adapter", ("numpy",), ("plain",))}
     monkeypatch.setattr(frameworks, "FRAMEWORKS", broken)

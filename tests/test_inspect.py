@@ -108,6 +108,11 @@ def test_safetensors_of_others(tmp_path, capsys):
     assert "fc" not in text
 
 
+def test_a_bundle_by_any_name(tmp_path, capsys):
+    path = saved(tmp_path / "a.pt", ln=nk.numpy.layer(nk.LayerNorm(3)))
+    assert "| ln    | LayerNorm(shape=(3,)" in said(capsys, "inspect", path)
+
+
 def test_names_forge_no_rows(tmp_path, capsys):
     layer = nk.numpy.layer(nk.LayerNorm(3))
     path = saved(tmp_path / "a.safetensors", **{"a\n| b \x1b[2J": layer})

@@ -37,7 +37,7 @@ def main(options: argparse.Namespace) -> int:
     names = usual if options.framework is None else frameworks.named(options.framework)
     here, missing = frameworks.divided(names)
     if options.plot:
-        pictures.check()
+        pictures.check(options.plot)
     cases = grid(quick=options.quick, layers=tuple(options.layer or LAYERS))
     plan = [
         (name, mode, [case for case in cases if _is_run(case, name, mode, options.quick)])
@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
     print(report(found))
     if options.json:
         record.write(options.json, found)
-    if options.plot:
+    if options.plot and cells:
         pictures.bench(cells, options.plot)
     return 1 if failed else 0
 

@@ -43,7 +43,7 @@ def main(options: argparse.Namespace) -> int:
     names = frameworks.named(options.framework or list(frameworks.FRAMEWORKS))
     here, missing = frameworks.divided(names)
     if options.plot:
-        pictures.check()
+        pictures.check(options.plot)
     with tempfile.TemporaryDirectory() as folder:
         with ThreadPoolExecutor(2) as pool:
             failures = list(pool.map(lambda name: _computed(name, Path(folder)), here))
@@ -57,7 +57,7 @@ def main(options: argparse.Namespace) -> int:
     if options.json:
         everything = {"machine": machine.described(), "missing": missing, "rows": rows}
         record.write(options.json, everything)
-    if options.plot:
+    if options.plot and rows:
         pictures.errors(rows, options.plot)
     return 1 if broken or failed else 0
 

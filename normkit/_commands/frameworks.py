@@ -77,10 +77,19 @@ def named(names: list[str]) -> list[str]:
 
 
 def divided(names: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Those of ``names`` that are here; for the others, what they lack."""
+    """Those of ``names`` that are here; for the others, what they lack.
+
+    Raises:
+        RefusedError: none is here.
+    """
     lacking = {name: missing(name) for name in names}
     here = [name for name, packages in lacking.items() if not packages]
-    return here, {name: ", ".join(packages) for name, packages in lacking.items() if packages}
+    absent = {name: ", ".join(packages) for name, packages in lacking.items() if packages}
+    if not here:
+        lines = "; ".join(f"{name}, for lack of {packages}" for name, packages in absent.items())
+        msg = f"there is nothing to run: not here are {lines}."
+        raise RefusedError(msg)
+    return here, absent
 
 
 def run(name: str, task: str, **arguments: Any) -> Iterator[dict[str, Any]]:

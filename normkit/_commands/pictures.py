@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from normkit._commands import RefusedError
 
 
-def check() -> None:
-    """Refuse before anything is measured, if there is nothing to draw with."""
+def check(path: str) -> None:
+    """Refuse before anything is measured, if there is nothing to draw with, or no place for it."""
     if find_spec("matplotlib") is None:
         msg = "--plot needs matplotlib; install it with: pip install 'normkit[bench]'"
+        raise RefusedError(msg)
+    if Path(path).suffix not in (".png", ".svg", ".pdf") or not Path(path).parent.is_dir():
+        msg = f"--plot takes a file .png, .svg or .pdf in a folder that is there, not {path!r}."
         raise RefusedError(msg)
 
 

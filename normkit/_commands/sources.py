@@ -58,6 +58,8 @@ def read(path: str) -> list[Found]:
     """
     ending = Path(path).suffix
     try:
+        if ending != ".safetensors" and _is_safetensors(path):
+            return _of_safetensors(path)
         if ending == ".keras":
             return _of_keras(path)
         if ending in (".pt", ".pth", ".bin", ".ckpt"):
@@ -78,6 +80,13 @@ def _described(bundle: Any) -> list[Found]:
         Found(name, e.definition, type(e.definition).__name__, e.arrays)
         for name, e in bundle.items()
     ]
+
+
+def _is_safetensors(path: str) -> bool:
+    """By its content: a length of eight bytes, and the beginning of a JSON object."""
+    with Path(path).open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < Path(path).stat().st_size
 
 
 def _of_safetensors(path: str) -> list[Found]:
