@@ -38,6 +38,10 @@ class Statistics:
         self.correction = correction
         self.apart = apart
         self.largest = _LARGEST.get(str(dtype).rpartition(".")[2], _LARGEST_ELSE)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was seen."""
         self.calls = 0
         self._total: Moments | None = None
         self._instances: Any = 0
@@ -97,18 +101,27 @@ class Recalibration:
         self._left = dict(layers)
         self._one_pass = one_pass
         self._called: dict[Hashable, None] = {}
+        self._first: Hashable | None = None  # of this batch
+        self._early: set[Hashable] = set()
+        self._forced: Hashable | None = None
 
     def see(self, key: Hashable, x: Array, channel: int | Axes, weigh: Weigh) -> None:
         """To be told of each ``x`` that a layer is called with; ``weigh`` gives its weights.
 
-        In each pass it is the first layer called of which nothing is known yet that learns what
-        it sees: what is before it is as it will be then.
+        In each pass the layers learn what they see that are, in every batch, the first one called
+        of which nothing is known yet: what is before them is as it will be then. For others it is
+        too early.
         """
         if key not in self._left:
             return
         self._called.setdefault(key)
-        if not self._one_pass and next(iter(self._called)) != key:
-            return
+        if self._first is None:
+            self._first = key
+        if not self._one_pass and key != self._forced:
+            if self._first != key:
+                self._early.add(key)
+            if key in self._early:
+                return
         statistics = self._left[key]
         if len(x.shape) < 2:
             raise no_batch_axis(tuple(x.shape), f"layer {statistics.name!r}")
@@ -134,9 +147,11 @@ class Recalibration:
         with _bar(batches, passes, progress) as step:
             while self._left:
                 self._called.clear()
+                self._early.clear()
                 empty = True
                 for batch in batches:
                     empty = False
+                    self._first = None
                     forward(batch)
                     step()
                 if empty:
@@ -144,10 +159,14 @@ class Recalibration:
                 missed = [s.name for key, s in self._left.items() if key not in self._called]
                 if missed:
                     raise _never_called(missed)
-                done = list(self._called) if self._one_pass else list(self._called)[:1]
+                done = [key for key in self._called if key not in self._early]
+                # Where each is called behind another one, in some batch, one has to be the first.
+                self._forced = None if done else next(iter(self._called))
                 found = [(key, *self._left[key].estimates()) for key in done]
                 for key, mean, variance in found:
                     write(key, mean, variance, self._left.pop(key).calls)
+                for statistics in self._left.values():
+                    statistics.clear()
 
 
 @contextmanager

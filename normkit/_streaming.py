@@ -112,7 +112,7 @@ def _parts(
 
 def _read(x: Any, place: tuple[slice, ...]) -> Array:
     part = x[place]
-    return np.asarray(part) if isinstance(part, np.ndarray) else part
+    return np.asarray(part) if isinstance(part, np.memmap) else part
 
 
 def _weights_at(weights: Any, place: tuple[slice, ...], shape: tuple[int, ...]) -> Array | None:
@@ -137,7 +137,7 @@ def _over_blocks(x: Any, axes: int | Axes | None, weights: Any) -> Moments:
         backend_of(x).size(x, tuple(range(x.ndim)))  # where blocks begin must be known
     totals: dict[tuple[int, ...], Moments] = {}
     for index in np.ndindex(*x.numblocks):
-        block = np.asarray(x.blocks[index].compute())
+        block = x.blocks[index].compute()
         found = None
         if weights is not None:
             starts = [sum(x.chunks[axis][:i]) for axis, i in enumerate(index)]

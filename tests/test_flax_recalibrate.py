@@ -422,3 +422,24 @@ def test_linen_models_that_are_refused():
 def test_they_are_in_the_package():
     assert nk.flax.nnx.recalibrate is nkx.recalibrate
     assert nk.flax.linen.recalibrate is nkl.recalibrate
+
+
+def test_subclasses_with_a_call_of_their_own_are_refused():
+    """Which may normalize anything."""
+
+    class Linen(nn.BatchNorm):
+        @nn.compact
+        def __call__(self, x, use_running_average=None):
+            return super().__call__(x * 2, use_running_average=use_running_average)
+
+    class NNX(nnx.BatchNorm):
+        def __call__(self, x, use_running_average=None):
+            return super().__call__(x * 2, use_running_average=use_running_average)
+
+    x = jnp.ones((5, 3))
+    module = Linen()
+    variables = module.init(jax.random.key(0), x, use_running_average=True)
+    with pytest.raises(ValueError, match="Linen has a __call__ of its own"):
+        nkl.recalibrate(module, variables, [x], progress=False)
+    with pytest.raises(ValueError, match="NNX has a __call__ of its own"):
+        nkx.recalibrate(NNX(3, rngs=nnx.Rngs(0)), [x], progress=False)

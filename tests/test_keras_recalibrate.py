@@ -376,3 +376,22 @@ def test_it_goes_on_training():
 
 def test_it_is_in_the_package():
     assert nk.keras.recalibrate is nkk.recalibrate
+
+
+def test_a_layer_that_is_called_in_training_is_refused():
+    class Kept(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.bn = keras.layers.BatchNormalization()
+
+        def call(self, x):
+            return self.bn(x, training=True)
+
+    model = Kept()
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype("f")
+    model(x)
+    before = [np.array(keras.ops.convert_to_numpy(v)) for v in model.variables]
+    with pytest.raises(ValueError, match="is called in training mode"):
+        nkk.recalibrate(model, [x], progress=False)
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)

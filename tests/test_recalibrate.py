@@ -330,3 +330,15 @@ def test_without_the_package_that_draws_it(monkeypatch):
     model = Model(["a"], one_pass=False)
     model.passes.run(in_batches(values((11, 3))), model, model.write)
     assert list(model.written) == ["a"]
+
+
+def test_masked_arrays_are_refused():
+    x = np.ma.masked_array([[1.0, 9999.0], [3.0, 5.0]], mask=[[0, 1], [0, 0]])
+    for call in (
+        lambda: nk.moments(x, 0),
+        lambda: nk.Moments.over([x], 0),
+        lambda: nk.Moments.over(x, 0),
+        lambda: nk.layer_norm(x),
+    ):
+        with pytest.raises(TypeError, match="does not look at the mask of a NumPy masked array"):
+            call()

@@ -162,3 +162,13 @@ def test_nothing_to_freeze():
         for change in (freeze, unfreeze):
             with pytest.warns(UserWarning, match=f"no normalization layer .*{said} was found in"):
                 assert change(model, **options) is model
+
+
+def test_gradients_of_before_move_nothing():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3)).square().sum().backward()
+    before = model[1].weight.clone()
+    normkit.torch.freeze(model)
+    optimizer.step()
+    assert torch.equal(model[1].weight, before)

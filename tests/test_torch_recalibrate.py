@@ -312,3 +312,72 @@ def test_models_that_are_refused():
         recalibrate(nn.Sequential(nn.LazyBatchNorm1d()), [x], progress=False)
     with pytest.raises(TypeError, match=r"a batch must be a tensor, .* but got a str"):
         recalibrate(nn.BatchNorm1d(3), ["x"], progress=False)
+
+
+class Routes(nn.Module):
+    """Batches that take different ways to a layer that they share."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.BatchNorm1d(1) for _ in range(3))
+
+    def forward(self, x, which):
+        return self.c(getattr(self, which)(x))
+
+
+@pytest.mark.parametrize("order", ["ab", "ba", "aab", "abb"])
+def test_batches_that_take_different_routes(order):
+    torch.manual_seed(0)
+    x = torch.randn(50, 1)
+    batches = [
+        {"x": x * (i + 1) + 9 * (which == "b"), "which": which} for i, which in enumerate(order)
+    ]
+    model = normkit.torch.recalibrate(Routes(), batches, progress=False).eval()
+    seen = torch.cat([getattr(model, b["which"])(b["x"]) for b in batches]).double()
+    torch.testing.assert_close(model.c.running_mean.double(), seen.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.c.running_var.double(), seen.var(0), rtol=1e-6, atol=0)
+
+
+def test_layers_that_are_called_behind_each_other():
+    """In one order and in the other, so that one has to be the first."""
+
+    class Crossed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+
+        def forward(self, x, turned):
+            first, second = (self.b, self.a) if turned else (self.a, self.b)
+            return second(first(x))
+
+    x = torch.randn(50, 1) * 3 + 5
+    batches = [{"x": x, "turned": False}, {"x": x + 1, "turned": True}]
+    model = normkit.torch.recalibrate(Crossed(), batches, progress=False)
+    assert model.a.num_batches_tracked == model.b.num_batches_tracked == 2
+    assert model.b.running_mean.abs() > 1
+
+
+def test_a_layer_that_stays_in_training_is_refused():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.BatchNorm1d(3)
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.a.train()
+            return self
+
+        def forward(self, x):
+            return self.a(x)
+
+    model = Kept()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="layer 'a' is called in training mode"):
+        normkit.torch.recalibrate(model, [torch.randn(5, 3)], progress=False)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_an_array_is_no_list_of_batches():
+    with pytest.raises(TypeError, match=r"got an array of shape \(5, 3\); give a list of batches"):
+        normkit.torch.recalibrate(nn.BatchNorm1d(3), torch.randn(5, 3), progress=False)

@@ -16,6 +16,7 @@ from normkit._recalibrate import Recalibration, Statistics
 from . import _masks
 from ._batch_norm import BatchNormalization
 from ._convert import _layers
+from ._freeze import frozen_parts
 from ._instance_norm import InstanceNormalization
 from ._tensors import real_tensor
 
@@ -136,6 +137,8 @@ def _seen(passes: Recalibration, key: int, layer: Any) -> Callable[..., Any]:
         given = arguments.bind(*args, **kwargs)
         given.apply_defaults()
         inputs, mask = given.arguments["inputs"], given.arguments["mask"]
+        if given.arguments.get("training") and "statistics" not in frozen_parts(layer):
+            raise _recalibrate.in_training(layer.name)
         x, backend = real_tensor(inputs, layer.compute_dtype)
 
         def weights() -> Any:

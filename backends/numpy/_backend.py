@@ -24,6 +24,14 @@ class NumPyBackend(Backend):
     def kernels(self) -> Any:
         return _kernels
 
+    def check(self, x: Array) -> None:
+        if isinstance(x, np.ma.MaskedArray):
+            msg = (
+                "normkit does not look at the mask of a NumPy masked array; give x.data, and "
+                "mask=~x.mask (or weights=~x.mask)."
+            )
+            raise TypeError(msg)
+
     def is_floating(self, dtype: DType) -> bool:
         if dtype in _FLOATING:  # to look at its name takes NumPy microseconds
             return True

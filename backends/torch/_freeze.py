@@ -80,6 +80,8 @@ def _set(model: nn.Module, statistics: bool, parameters: bool, *, frozen: bool) 
         for parameter in own:
             found = True
             parameter.requires_grad_(not frozen)
+            if frozen:
+                parameter.grad = None  # an optimizer would still follow it
     if not found:
         _freeze.nothing(model, statistics=statistics, parameters=parameters)
     return model

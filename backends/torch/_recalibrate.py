@@ -122,6 +122,8 @@ def _see(
     passes: Recalibration, name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Before ``layer`` is called with these arguments."""
+    if layer.training:
+        raise _recalibrate.in_training(name or type(layer).__name__)
     x, mask = args[0] if args else kwargs["input"], kwargs.get("mask")
     if isinstance(layer, _InstanceNorm) and x.ndim == layer._get_no_batch_dim():
         x, mask = x[None], None if mask is None else mask[None]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict, freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from normkit import _recalibrate
+from normkit import _checks, _recalibrate
 from normkit._recalibrate import Recalibration, Statistics
 from normkit.flax import _arguments
 
@@ -109,6 +109,7 @@ def recalibrate(
         if context.method_name == "__call__" and layer.path in found:
             if not isinstance(layer, (nn.BatchNorm, InstanceNorm)):
                 raise _unknown(layer)
+            _checks.computes_as_its_class(layer, "__call__", "flax")
             statistics = found[layer.path]
             statistics.correction = getattr(layer, "correction", 0)
             statistics.apart = isinstance(layer, InstanceNorm)

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from normkit import _recalibrate
+from normkit import _checks, _recalibrate
 from normkit._recalibrate import Recalibration, Statistics
 from normkit.flax import _arguments
 
@@ -75,6 +75,8 @@ def recalibrate(
         for path, layer in modules
         if isinstance(layer, (nnx.BatchNorm, InstanceNorm)) and _variables(layer)
     }
+    for _, layer in found.values():
+        _checks.computes_as_its_class(layer, "__call__", "flax")
     passes = Recalibration(
         {
             key: Statistics(
