@@ -11,6 +11,7 @@ NOT_FOUND = "no call of it was found"
 OFTEN = "it is called more than once"
 TRANSFORMED = "it is called in a function that is transformed by itself, such as nnx.remat's"
 HOOKED = "it has hooks, or a forward of its own"
+LOOKED_AT = "the model's own code looks at its layers, and would do something else without it"
 SHARED = "it shares weights with another layer, or they are read elsewhere"
 
 
@@ -50,6 +51,12 @@ def special(layer: str, what: str) -> str:
 
 def dtypes(layer: str, before: object, after: object) -> str:
     return f"it makes {after} of the {before} that {layer!r} puts out"
+
+
+def narrow(layer: str, weights: object, computed: object) -> str:
+    return (
+        f"the folded weights of {layer!r} would be rounded to {weights}, but it puts out {computed}"
+    )
 
 
 def other_axis(axis: int, layer: str, channel: int) -> str:

@@ -436,3 +436,90 @@ def test_a_model_that_cannot_be_traced():
     with pytest.raises(ValueError, match=sentence):
         fold(Branching())
     assert fold(trained(nn.BatchNorm2d(4)))[1].rows == (("", "", _unfolded.NOT_FOUND),)
+
+
+class Written(nn.Module):
+    """A convolution, a BatchNorm, and a function of the two and x."""
+
+    def __init__(self, function, bias=True) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1, bias=bias), nn.BatchNorm2d(4)
+        self.function, self.kept, self.n = function, None, 0
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def plain(m, x):
+    return m.bn(m.conv(x))
+
+
+def asks_for_a_tensor(m, x):
+    y = m.conv(x)
+    return m.bn(F.relu(y) if isinstance(y, torch.Tensor) else y)
+
+
+def asks_again(m, x):
+    y = m.conv(x)
+    return m.bn(y) if not torch.is_tensor(y.shape[-1] // 2) else m.bn(y) + y
+
+
+def test_what_is_traced_is_a_tensor():
+    model, x = trained(Written(asks_for_a_tensor)), data(2, 4, 3, 3)
+    folded, report = fold(model)
+    assert report.rows == (("bn", "", _unfolded.no_layer("relu")),)
+    assert torch.equal(folded(x), model(x))
+    # The sizes of one are none.
+    folded, report = fold(trained(Written(asks_again)))
+    assert report.rows == (("bn", "conv", ""),)
+
+
+def test_what_a_call_keeps_is_not_in_the_copy():
+    def once(m, x):
+        m.n += 1
+        m.kept = torch.ones_like(x) if m.kept is None else m.kept
+        m.features = [x]
+        return m.bn(m.conv(x * m.kept))
+
+    model, x = trained(Written(once)), data(2, 4, 3, 3)
+    folded, report = fold(model, x)
+    assert report.rows == (("bn", "conv", ""),)
+    assert vars(folded).keys() == vars(model).keys()
+    assert (folded.n, folded.kept) == (model.n, model.kept) == (0, None)
+    assert error(model, folded, x) < 1e-6
+    assert torch.equal(folded.features[0], x)
+
+
+LOOKS = {
+    "class": lambda m, x: plain(m, x) if isinstance(m.bn, nn.BatchNorm2d) else x,
+    "bias": lambda m, x: plain(m, x) * (2 if m.conv.bias is None else 3),
+    "statistics": lambda m, x: plain(m, x) * m.bn.num_features,
+    "parameters": lambda m, x: plain(m, x) + sum(p.pow(2).sum() for p in m.conv.parameters()),
+    "number": lambda m, x: plain(m, x) + next(m.conv.parameters()).sum().item(),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_model_that_looks_at_its_layers_stays(name):
+    model, x = trained(Written(LOOKS[name], bias=False)), data(2, 4, 3, 3)
+    folded, report = fold(model)
+    assert report.rows == (("bn", "", _unfolded.LOOKED_AT),)
+    assert torch.equal(folded(x), model(x))
+
+
+def test_constants_are_no_reason_to_stay():
+    def constants(m, x):
+        return plain(m, x) + torch.randn(4, 1, 1) + torch.tensor(-torch.inf).exp()
+
+    model, seed = trained(Written(constants)), torch.random.get_rng_state()
+    assert fold(model)[1].rows == (("bn", "conv", ""),)
+    assert torch.equal(seed, torch.random.get_rng_state())
+
+
+def test_layers_that_are_made_in_a_call():
+    def makes(m, x):
+        m.more = nn.ReLU()
+        return m.more(plain(m, x))
+
+    with pytest.raises(ValueError, match="module is not installed as a submodule"):
+        fold(trained(Written(makes)))

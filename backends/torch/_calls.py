@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # The layers that a BatchNorm can be folded into, and the axis of their output channels, counted
@@ -25,12 +29,22 @@ LAYERS: dict[type[nn.Module], int] = {
 }
 
 
+# What is asked of a tensor and is none itself, and the modules whose functions of such are none.
+_NUMBERS = {"size", "shape", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "item"}
+_NUMBERS |= {"tolist", "dtype", "device", "requires_grad"}
+_OPERATORS = {operator.__name__, math.__name__, "_operator", "builtins"}
+
+
 class Calls:
-    """Which modules a model calls, how often, and in which order."""
+    """Which modules a model calls, how often, and in which order.
+
+    It is a copy of the model that is called: what forward keeps, it keeps there.
+    """
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self.model = model
-        self.graph = _traced(model, inputs, keywords)
+        self._called = copy.deepcopy(model).eval()
+        self.graph = _traced(self._called, inputs, keywords)
         self.often: Counter[int] = Counter()
         self.node: dict[int, fx.Node] = {}
         self.read: set[int] = set()
@@ -50,8 +64,35 @@ class Calls:
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         return any(self.owners[id(t)] > 1 or id(t) in self.read for t in tensors)
 
+    def same(self, other: Calls) -> bool:
+        """Whether both models do the same, module by module, whatever those modules compute."""
+        pairs = list(zip(self.graph.nodes, other.graph.nodes, strict=False))
+        return len(self.graph.nodes) == len(other.graph.nodes) and all(
+            _words(a) == _words(b)
+            and (a.op != "get_attr" or _equal(self._value(a), other._value(b)))
+            for a, b in pairs
+        )
+
+    def _value(self, node: fx.Node) -> Any:
+        """What a node reads: a parameter, or a constant that was met on the way."""
+        return _attribute(self._called, node.target)
+
+
+class _Proxy(fx.Proxy):
+    """What stands for a tensor in a trace, and says that it is one."""
+
+    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+    _is_param = property(lambda self: self.node.op == "get_attr")
+    _is_buffer = False
+
 
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self) if _is_tensor(node) else fx.Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _Proxy else super().create_arg(a)
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         if isinstance(module, (_BatchNorm, *LAYERS)):
             return True
@@ -60,7 +101,7 @@ class _Tracer(fx.Tracer):
 
 
 def _traced(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> fx.Graph:
-    """The calls that ``model`` makes in eval mode."""
+    """The calls that ``model`` makes; what it keeps of them stays in it."""
     tracer = _Tracer()
     if tracer.is_leaf_module(model, ""):
         return fx.Graph()
@@ -71,15 +112,14 @@ def _traced(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, An
         value = given.get(name, parameter.default)
         if value is None or isinstance(value, bool | int | float | str):
             fixed[name] = value
-    attributes = set(vars(model))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
         if "forward" in vars(model):
             msg = "its forward is an attribute, not a method"
             raise TypeError(msg)
-        with warnings.catch_warnings():
+        # Random constants are the same each time, and nobody else's random numbers change.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
+            torch.manual_seed(0)
             return tracer.trace(model, fixed)
     except Exception as error:
         msg = (
@@ -88,12 +128,31 @@ def _traced(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, An
             f"traced, for example model.backbone, and put them in its place."
         )
         raise ValueError(msg) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        # Constants that were met on the way.
-        for name in set(vars(model)) - attributes:
-            delattr(model, name)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether ``node`` is a tensor, as most are, and not a size or a dtype of one."""
+    if node.op == "call_method":
+        return node.target not in _NUMBERS
+    if node.op != "call_function":
+        return True
+    if node.target is getattr:
+        return node.args[1] not in _NUMBERS
+    if getattr(node.target, "__module__", None) not in _OPERATORS:
+        return True
+    return any(_is_tensor(given) for given in node.all_input_nodes)
+
+
+def _words(node: fx.Node) -> tuple[Any, ...]:
+    """What ``node`` does, and with what; the names of nodes follow from their order."""
+    return node.op, node.name, node.target, repr(node.args), repr(node.kwargs)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether what two models read is the same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return type(a) is type(b) and not isinstance(a, Tensor)
 
 
 def _attribute(model: nn.Module, path: str) -> Any:

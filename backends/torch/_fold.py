@@ -71,7 +71,7 @@ def fold(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[nn.Module, Re
     ranks = _ranks.inferred(calls.graph, folded)
     if inputs or keywords:
         ranks |= _ranks.observed(folded, tuple(LAYERS), inputs, keywords)
-    rows = []
+    rows, any_folded = [], False
     norms = [(name, norm) for name, norm in folded.named_modules() if isinstance(norm, _BatchNorm)]
     for name, norm in norms:
         try:
@@ -81,7 +81,20 @@ def fold(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[nn.Module, Re
             rows.append((name, "", str(why)))
         else:
             rows.append((name, before, ""))
+            any_folded = True
+    if any_folded and not _does_the_same(folded, calls, inputs, keywords):
+        # Which of them it looks at is not known.
+        folded = copy.deepcopy(model)
+        rows = [(name, "", why or _unfolded.LOOKED_AT) for name, _, why in rows]
     return folded, Report(_unfolded.HEADS, tuple(rows))
+
+
+def _does_the_same(folded: nn.Module, calls: Calls, inputs: Any, keywords: Any) -> bool:
+    """Whether the model's own code, which may look at its layers, takes the same path as before."""
+    try:
+        return calls.same(Calls(folded, inputs, keywords))
+    except ValueError:
+        return False
 
 
 def _layer_before(norm: nn.Module, calls: Calls, ranks: Mapping[str, int]) -> str:
