@@ -54,8 +54,8 @@ def fold(
     Raises:
         TypeError: ``definition`` is no BatchNorm; an array is of another library, or its dtype is
             not real floating point.
-        ValueError: a shape does not fit, there are no running statistics, or a variance is negative
-            or NaN (where its values can be seen).
+        ValueError: a shape does not fit, there are no running statistics; a variance is negative
+            or NaN, or a result too large for its dtype (where their values can be seen).
 
     >>> import numpy as np, normkit as nk
     >>> bn = nk.BatchNorm(2, eps=1.0)
@@ -98,11 +98,28 @@ def fold(
         (bias,) = _arrays({"bias": bias}, weight, (n,), backend)
         kept = bias.dtype
         shift = shift + cast(bias, wide, backend) * factor
-    scaled = cast(split, wide, backend) * _along(factor, lengths, channels, split, backend)
-    scaled = cast(scaled, weight.dtype, backend)
+    factor = _along(factor, lengths, channels, split, backend)
+    scaled = _rounded(cast(split, wide, backend), factor, weight.dtype, "weight", backend)
     if groups > 1:
         scaled = backend.join(scaled, group_axis)
-    return scaled, cast(shift, kept, backend)
+    return scaled, _rounded(shift, None, kept, "bias", backend)
+
+
+def _rounded(x: Array, factor: Array | None, dtype: Any, name: str, backend: Backend) -> Array:
+    """``x``, times ``factor``, in ``dtype``; a ValueError where it is too large for that."""
+    xp = backend.xp
+    with backend.quiet():
+        rounded = cast(x if factor is None else x * factor, dtype, backend)
+    if not backend.is_visible(rounded):
+        return rounded
+    finite = xp.isfinite(x) if factor is None else xp.isfinite(x) & xp.isfinite(factor)
+    if bool(xp.any(finite & ~xp.isfinite(rounded))):
+        msg = (
+            f"the folded {name} is too large for {dtype}; convert the {name} first, for example "
+            f"to float32."
+        )
+        raise ValueError(msg)
+    return rounded
 
 
 def _axes(given: Any, ndim: int) -> Axes:

@@ -12,7 +12,7 @@ OFTEN = "it is called more than once"
 TRANSFORMED = "it is called in a function that is transformed by itself, such as nnx.remat's"
 HOOKED = "it has hooks, or a forward of its own"
 LOOKED_AT = "the model's own code looks at its layers, and would do something else without it"
-SHARED = "it shares weights with another layer, or they are read elsewhere"
+SHARED = "it shares weights with another layer, or they are read or changed elsewhere"
 
 
 def own_class(layer: object) -> str:
@@ -38,7 +38,7 @@ def layer_hooked(layer: str) -> str:
 
 
 def layer_shared(layer: str) -> str:
-    return f"{layer!r} shares weights with another layer, or they are read elsewhere"
+    return f"{layer!r} shares weights with another layer, or they are read or changed elsewhere"
 
 
 def activation(layer: str) -> str:

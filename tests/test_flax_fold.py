@@ -225,6 +225,38 @@ def plain(m, x):
     return m.norm(m.a(x))
 
 
+def clips(m, x):
+    m.a.kernel[...] = jnp.clip(m.a.kernel[...], -0.1, 0.1)
+    return m.norm(m.a(x))
+
+
+def resets(m, x):
+    y = m.norm(m.a(x))
+    m.a.bias[...] = jnp.zeros(4)
+    return y
+
+
+def shifts(m, x):
+    m.norm.mean[...] = m.norm.mean[...] + 1
+    return m.norm(m.a(x))
+
+
+def branches(m, x):
+    return plain(m, x) * (2 if isinstance(m.norm, nnx.BatchNorm) else 3)
+
+
+def counts(m, x):
+    return plain(m, x) + len(jax.tree.leaves(nnx.state(m)))
+
+
+def compiled(m, x):
+    return nnx.jit(lambda x: x * (2 if m.a.bias is None else 3))(plain(m, x))
+
+
+def misses(m, x):
+    return plain(m, x) * m.norm.epsilon
+
+
 def looped(m, x):
     return jax.lax.fori_loop(0, 2, lambda i, x: m.norm(m.a(x)), x)
 
@@ -263,6 +295,20 @@ STAYS = {
     "norm is read": (
         lambda: Model(lambda m, x: m.norm(m.a(x)) + m.norm.mean[...]),
         _unfolded.SHARED,
+    ),
+    "changed": (lambda: Model(clips), _unfolded.layer_shared("a")),
+    "changed after": (lambda: Model(resets), _unfolded.layer_shared("a")),
+    "norm is changed": (lambda: Model(shifts), _unfolded.SHARED),
+    "looks at a class": (lambda: Model(branches), _unfolded.LOOKED_AT),
+    "looks for a bias": (
+        lambda: Model(compiled, layer=linear(4, 4, use_bias=False)),
+        _unfolded.LOOKED_AT,
+    ),
+    "looks at variables": (lambda: Model(counts), _unfolded.LOOKED_AT),
+    "looks at an attribute": (lambda: Model(misses), _unfolded.LOOKED_AT),
+    "narrow": (
+        lambda: Model(plain, layer=linear(4, 4, param_dtype=jnp.bfloat16)),
+        _unfolded.narrow("a", "bfloat16", "float32"),
     ),
     "not called": (lambda: Model(lambda m, x: m.a(x)), _unfolded.NOT_FOUND),
     "relu": (lambda: Model(lambda m, x: m.norm(m.a(x) * 2)), _unfolded.no_layer("mul")),
@@ -350,6 +396,24 @@ def test_layers_in_a_vmap():
     # Here the norm does not see the axis that the layer put its channels on.
     model = trained(Model(lambda m, x: jax.vmap(m.norm, in_axes=1, out_axes=1)(m.a(x)), bn(4)))
     assert fold(model, data(4, 4, 4))[1].rows == (("norm", "", _unfolded.TRANSFORMED),)
+
+
+def test_the_classes_of_layers_are_what_they_are():
+    def asks(m, x):
+        y = m.a(x)
+        return m.norm(y if type(m.a) is nnx.Linear else 2 * y)
+
+    def changes_another(m, x):
+        m.b.bias[...] = x.mean(0)
+        return jax.jit(nnx.relu)(plain(m, x)) + jnp.arange(4.0)
+
+    calls = nnx.Linear.__call__, nnx.BatchNorm.__call__, nkx.BatchNorm.__call__
+    for function in (asks, changes_another):
+        model, x = trained(Model(function)), data(3, 4)
+        folded, report = fold(model, x)
+        assert report.rows == (("norm", "a", ""),)
+        assert error(model, folded, x) < 1e-6
+    assert calls == (nnx.Linear.__call__, nnx.BatchNorm.__call__, nkx.BatchNorm.__call__)
 
 
 def test_a_mask_comes_too_late():

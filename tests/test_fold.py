@@ -147,6 +147,29 @@ def test_the_weights_are_rounded_once():
     np.testing.assert_allclose(bias, exact["bias"] - exact["mean"] * factor, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_results_too_large_for_their_dtype(kind, name):
+    if kind.name in ("array-api-strict", "dask"):
+        pytest.skip("it has no half types, or its values are not there yet")
+    bn = nk.BatchNorm(N, eps=1.0)
+    params, state = (on(kind, given) for given in bn.init())
+    large = np.full(N, 3e5, "float32")
+    if name == "weight":
+        params["scale"] = kind.make(large)
+    else:
+        params["bias"] = kind.make(large)
+    w, b = np.ones((N, 2)), np.zeros(N)
+    half, whole = ([kind.make(a.astype(dtype)) for a in (w, b)] for dtype in ("float16", "float32"))
+    with pytest.raises(ValueError, match=rf"^the folded {name} is too large for .*float16.*; "):
+        nk.fold(*half, bn, params, state, channel_axis=0)
+    assert np.isfinite(np.asarray(nk.fold(*whole, bn, params, state, channel_axis=0)[0])).all()
+    # What was not finite before is no matter of its dtype.
+    w[0, 0] = np.inf
+    params["scale"] = params["bias"] = kind.make(np.ones(N, "float32"))
+    weight, _ = nk.fold(kind.make(w.astype("float16")), None, bn, params, state, channel_axis=0)
+    assert np.isinf(np.asarray(weight)[0, 0])
+
+
 def test_nothing_given_is_changed():
     bn = nk.BatchNorm(N)
     given = trained(bn)

@@ -236,12 +236,37 @@ def test_several_inputs_and_outputs():
 
 def test_mixed_precision():
     policy = keras.DTypePolicy("mixed_bfloat16")
-    parts = [layers.Dense(6, dtype=policy), BN(), layers.Dense(3)]
+    parts = [layers.Dense(6, dtype=policy), BN(dtype=policy), layers.Dense(3)]
     model, x = sequential((4,), *parts), data(3, 4)
     folded, report = fold(model)
     assert report.rows[0][1] == parts[0].name
     assert numpy(folded.layers[0].kernel).dtype == np.float32
     assert error(model, folded, x) < 0.05
+
+
+@pytest.mark.parametrize("dtypes", [("mixed_bfloat16", "float32"), ("float32", "mixed_bfloat16")])
+def test_another_precision_stays(dtypes):
+    model = sequential((4,), layers.Dense(6, name="dense", dtype=dtypes[0]), BN(dtype=dtypes[1]))
+    folded, report = fold(model)
+    why = _unfolded.dtypes("dense", *(dtype.removeprefix("mixed_") for dtype in dtypes))
+    assert [row[1:] for row in report.rows] == [("", why)]
+    x = data(3, 4)
+    np.testing.assert_array_equal(predictions(folded, x), predictions(model, x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("length", "folds"), [(9, False), (8, True), (None, False)])
+def test_where_tensorflow_adds_a_bias_to_the_last_axis(bias, length, folds):
+    """Built only: TensorFlow computes these on a GPU."""
+    layer = layers.Conv1D(
+        9, 3, padding="same", use_bias=bias, data_format="channels_first", name="conv"
+    )
+    rows = fold(sequential((4, length), layer, BN(axis=1)))[1].rows
+    why = _unfolded.special(
+        "conv", "a last axis that may be as long as that of the channels, and gets the bias then"
+    )
+    expected = ("conv", "") if folds or BACKEND != "tensorflow" else ("", why)
+    assert [row[1:] for row in rows] == [expected]
 
 
 class Scaled(layers.Dense):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.utils import parametrizations, prune
 import normkit as nk
 import normkit.torch
 from normkit import _unfolded
+from normkit.torch._calls import Calls
 
 fold = nk.torch.fold
 
@@ -130,6 +132,16 @@ def test_half_types(dtype):
     worst = [(m(x).double() - exact).abs().max() for m in (folded, model)]
     # The model itself rounds to this dtype twice, the copy once, but its bias too.
     assert worst[0] < 3 * worst[1]
+
+
+def test_what_a_half_type_cannot_hold():
+    model = trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).half()
+    with torch.no_grad():
+        model[0].weight.fill_(6e4)
+    folded, report = fold(model)
+    why = "the folded weight is too large for torch.float16; convert the weight first, for example "
+    assert report.rows == (("1", "", why + "to float32."),)
+    assert type(folded[1]) is nn.BatchNorm2d
 
 
 def test_a_residual_network():
@@ -459,9 +471,14 @@ def asks_for_a_tensor(m, x):
     return m.bn(F.relu(y) if isinstance(y, torch.Tensor) else y)
 
 
+def asks_for_a_list(m, x):
+    if isinstance(x, list):
+        return m.bn(F.relu(m.conv(torch.cat(x))))
+    return m.bn(m.conv(x["x"])) if isinstance(x, dict) else x
+
+
 def asks_again(m, x):
-    y = m.conv(x)
-    return m.bn(y) if not torch.is_tensor(y.shape[-1] // 2) else m.bn(y) + y
+    return plain(m, x) + 1 if torch.is_tensor(x.shape[-1] // 2) else plain(m, x)
 
 
 def test_what_is_traced_is_a_tensor():
@@ -469,9 +486,18 @@ def test_what_is_traced_is_a_tensor():
     folded, report = fold(model)
     assert report.rows == (("bn", "", _unfolded.no_layer("relu")),)
     assert torch.equal(folded(x), model(x))
-    # The sizes of one are none.
-    folded, report = fold(trained(Written(asks_again)))
+    # An input is what the example is.
+    model = trained(Written(asks_for_a_list))
+    assert fold(model, [x, x])[1].rows == (("bn", "", _unfolded.no_layer("relu")),)
+    folded, report = fold(model, {"x": x})
     assert report.rows == (("bn", "conv", ""),)
+    assert error(model, folded, {"x": x}) < 1e-6
+    # The sizes of one are none.
+    model = trained(Written(asks_again))
+    folded, report = fold(model)
+    assert report.rows == (("bn", "conv", ""),)
+    assert error(model, folded, x) < 1e-6
+    assert not any(node.target is operator.add for node in Calls(model, (), {}).graph.nodes)
 
 
 def test_what_a_call_keeps_is_not_in_the_copy():

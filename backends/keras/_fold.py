@@ -33,6 +33,7 @@ _LAYERS: dict[type[Layer], tuple[str, tuple[int, ...]]] = {
     layers.Conv2DTranspose: ("kernel", (-2,)),
     layers.Conv3DTranspose: ("kernel", (-2,)),
 }
+_LAST_AXIS = "a last axis that may be as long as that of the channels, and gets the bias then"
 _NORMS = {layers.BatchNormalization, _batch_norm.BatchNormalization}
 
 
@@ -42,7 +43,8 @@ def fold(model: keras.Model) -> tuple[keras.Model, Report]:
     The layer, a ``Dense`` or a convolution (depthwise, separable, grouped and transposed ones
     too), then has other weights and a bias, and the BatchNorm is an ``Identity``. Predictions are
     the same, up to rounding. Folded is only what is certain to be right: where the layer has no
-    activation, its output goes to the BatchNorm alone, and each is called once and shares nothing.
+    activation, its output goes to the BatchNorm alone, both compute in the same dtype, and each is
+    called once and shares nothing.
     Models in the model are treated alike.
 
     Args:
@@ -134,6 +136,12 @@ def _layer_before(norm: Layer, calls: Calls) -> Layer:
     axis, channel = norm.axis % rank, 1 if first else rank - 1
     if axis != channel:
         raise ValueError(_unfolded.other_axis(axis, name, channel))
+    if first and keras.backend.backend() == "tensorflow" and x.shape[-1] in (None, x.shape[1]):
+        # There Keras takes the last axis for that of the channels when it adds a bias, if it is as
+        # long; so a bias of the original is not that of its channels, and a new one would not be.
+        raise ValueError(_unfolded.special(name, _LAST_AXIS))
+    if layer.compute_dtype != norm.compute_dtype:
+        raise ValueError(_unfolded.dtypes(name, layer.compute_dtype, norm.compute_dtype))
     return layer
 
 

@@ -79,14 +79,22 @@ class Calls:
 
 
 class _Proxy(fx.Proxy):
-    """What stands for a tensor in a trace, and says that it is one."""
+    """What stands for a tensor in a trace, or for an input, and says that it is one."""
 
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+    __class__ = property(lambda self: self.tracer.kind_of(self.node))  # type: ignore[assignment]
     _is_param = property(lambda self: self.node.op == "get_attr")
     _is_buffer = False
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+    def kind_of(self, node: fx.Node) -> type:
+        given = self.inputs.get(str(node.target)) if node.op == "placeholder" else None
+        return Tensor if given is None else type(given)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self) if _is_tensor(node) else fx.Proxy(node, self)
 
@@ -102,11 +110,11 @@ class _Tracer(fx.Tracer):
 
 def _traced(model: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> fx.Graph:
     """The calls that ``model`` makes; what it keeps of them stays in it."""
-    tracer = _Tracer()
-    if tracer.is_leaf_module(model, ""):
-        return fx.Graph()
     signature = inspect.signature(model.forward)
     given = signature.bind_partial(*inputs, **keywords).arguments
+    tracer = _Tracer(given)
+    if tracer.is_leaf_module(model, ""):
+        return fx.Graph()
     fixed = {}
     for name, parameter in signature.parameters.items():
         value = given.get(name, parameter.default)

@@ -39,7 +39,8 @@ def fold(model: nn.Module, *inputs: Any, **keywords: Any) -> tuple[nn.Module, Re
     weights and a bias, and the BatchNorm is an ``nn.Identity``. Predictions are the same, up to
     rounding. Folded is only what is in eval mode and certain to be right: where the output of the
     layer goes to the BatchNorm alone, and each is called once and shares nothing. Arguments of
-    ``model`` that have a default are taken at that, unless they are among the inputs.
+    ``model`` that have a default are taken at that, unless they are among the inputs. A model whose
+    own code looks at its layers, and would take another path without a BatchNorm, stays as it is.
 
     Args:
         model: any module that ``torch.fx`` can trace. It is left as it is.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from contextvars import ContextVar
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from threading import RLock
 from typing import Any
 
 import jax
@@ -17,6 +20,8 @@ NORMS = (nnx.BatchNorm, BatchNorm)
 _WATCHED = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, *NORMS)
 # The attribute that says which layer one is, and what its computation is called in the trace.
 _NAME, _MARK = "_normkit_name", "normkit_call:"
+# The variables of a layer that are used in each of its calls.
+_USED = ("kernel", "bias", "mean", "var", "scale")
 _ARRAYS = (jax.Array, jax.ShapeDtypeStruct, np.ndarray)
 
 
@@ -48,6 +53,7 @@ class Calls:
         self._readers: Counter[Any] = Counter()
         self._makers: dict[Any, Any] = {}
         self._variables: dict[tuple[Any, ...], Any] = {}
+        self._kept: set[Any] = set()
         self._trace(model, inputs, keywords)
 
     def before(self, name: str) -> tuple[bool, str]:
@@ -64,14 +70,38 @@ class Calls:
         return sum(self._readers[v] for v in self.call[name].outvars)
 
     def shares(self, name: str) -> bool:
-        """Whether someone else uses the variables of a layer."""
+        """Whether someone else uses or changes the variables of a layer."""
         for attribute, value in vars(self.modules[name]).items():
             if isinstance(value, nnx.Variable):
                 # A variable that is shared is known by its first path only.
                 read = self._variables.get((*self._paths[name], attribute))
-                if read is None or self._readers[read] > 1:
+                if read is None or self._readers[read] > 1 or read not in self._kept:
+                    return True
+                # What it is called with was made of that variable.
+                if attribute in _USED and read not in self.call[name].invars:
                     return True
         return False
+
+    def steps(self, left_out: set[str]) -> list[Any]:
+        """What the model does, step by step, but for the layers that are ``left_out``."""
+        names: dict[Any, Any] = {v: path for path, v in self._variables.items()}
+        for v in (*self._jaxpr.constvars, *self._jaxpr.invars):
+            names.setdefault(v, f"input {len(names) - len(self._variables)}")
+        found = []
+        for equation in self._jaxpr.eqns:
+            called = _called(equation)
+            if called in left_out:
+                names[equation.outvars[0]] = _name_of(equation.invars[-1], names)
+                continue
+            for i, v in enumerate(equation.outvars):
+                names[v] = (len(found), i)
+            # A layer may have other variables than before, and compute something else with them.
+            given = equation.invars[-1:] if called is not None else equation.invars
+            params = "" if called is not None else _ADDRESS.sub("", str(equation.params))
+            made = [str(v.aval) for v in equation.outvars]
+            given = [_name_of(v, names) for v in given]
+            found.append((called, equation.primitive.name, params, given, made))
+        return [*found, [_name_of(v, names) for v in self._results]]
 
     def _trace(self, model: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         model = nnx.clone(model)
@@ -79,7 +109,6 @@ class Calls:
         for path, node in nnx.iter_graph(model):
             if type(node) in _WATCHED:
                 setattr(node, _NAME, ".".join(map(str, path)))
-                object.__setattr__(node, "__class__", _watched(type(node)))
         graph, state = nnx.split(model)
         leaves, tree = jax.tree.flatten((inputs, keywords), is_leaf=_is_object)
         traced = [isinstance(leaf, _ARRAYS) for leaf in leaves]
@@ -97,11 +126,8 @@ class Calls:
             return y, jax.tree.leaves(nnx.state(model))
 
         arrays = [leaf for t, leaf in zip(traced, leaves, strict=True) if t]
-        token = _WATCHING.set(self)
-        try:
-            jaxpr = jax.make_jaxpr(run)(state, arrays).jaxpr
-        finally:
-            _WATCHING.reset(token)
+        with _watched(self):
+            self._jaxpr = jaxpr = jax.make_jaxpr(run)(state, arrays).jaxpr
         for (path, _), v in zip(jax.tree.leaves_with_path(state), jaxpr.invars, strict=False):
             self._variables[tuple(key.key for key in path if hasattr(key, "key"))] = v
         self._read(jaxpr, outputs)
@@ -111,41 +137,60 @@ class Calls:
         kept = set(jaxpr.invars)
         results = [v for v in jaxpr.outvars[:outputs] if not _is_literal(v)]
         changed = [v for v in jaxpr.outvars[outputs:] if not _is_literal(v) and v not in kept]
+        self._results = [*jaxpr.outvars[:outputs], *changed]
+        self._kept.update(v for v in jaxpr.outvars[outputs:] if not _is_literal(v))
         self._readers.update([*results, *changed])
         for equation in jaxpr.eqns:
             self._readers.update(v for v in equation.invars if not _is_literal(v))
             self._makers.update(dict.fromkeys(equation.outvars, equation))
-            name = str(equation.params.get("name", ""))
-            if name.startswith(_MARK):
-                self.call[name.removeprefix(_MARK)] = equation
+            if (name := _called(equation)) is not None:
+                self.call[name] = equation
 
 
-_WATCHING: ContextVar[Calls] = ContextVar("_WATCHING")
+_LOCK = RLock()  # the classes are everybody's
 
 
-@cache
-def _watched(kind: type[nnx.Module]) -> type[nnx.Module]:
-    """The class ``kind``, each call of which has a name in a trace."""
+@contextmanager
+def _watched(calls: Calls) -> Iterator[None]:
+    """Where each call of a layer that has a name has it in a trace."""
 
-    class Watched(kind):  # type: ignore[valid-type, misc]
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            calls, name = _WATCHING.get(), getattr(self, _NAME)
+    def named(kind: type[nnx.Module], original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def __call__(self: Any, *args: Any, **options: Any) -> Any:
+            name = vars(self).get(_NAME) if type(self) is kind else None
+            if name is None:
+                return original(self, *args, **options)
             calls.often[name] += 1
             if issubclass(kind, NORMS) and _differs(self, calls, *args, **options):
-                return kind.__call__(self, *args, **options)
+                return original(self, *args, **options)
             if not args:
                 args = (options.pop("x" if "x" in options else "inputs"),)
             x, *rest = args
 
             def run(x: Any) -> Any:
-                return kind.__call__(self, x, *rest, **options)
+                return original(self, x, *rest, **options)
 
             run.__name__ = _MARK + name
             y = jax.jit(run)(x)
             calls.given[name], calls.made[name] = x.shape, y.shape
             return y
 
-    return Watched
+        return __call__
+
+    with _LOCK:
+        # A call is looked up in the class. The class itself stays: the model may ask for it.
+        originals = {kind: vars(kind).get("__call__") for kind in _WATCHED}
+        found = {kind: kind.__call__ for kind in _WATCHED}
+        try:
+            for kind, original in found.items():
+                kind.__call__ = named(kind, original)
+            yield
+        finally:
+            for kind, own in originals.items():
+                if own is None:
+                    del kind.__call__
+                else:
+                    kind.__call__ = own
 
 
 def _differs(
@@ -168,3 +213,17 @@ def _is_object(leaf: Any) -> bool:
 def _is_literal(v: Any) -> bool:
     """Whether a variable of a trace is a number."""
     return hasattr(v, "val")
+
+
+def _called(equation: Any) -> str | None:
+    """The name of the layer whose call an equation is."""
+    name = str(equation.params.get("name", ""))
+    return name.removeprefix(_MARK) if name.startswith(_MARK) else None
+
+
+_ADDRESS = re.compile(r"\b0x[0-9a-f]+")
+
+
+def _name_of(v: Any, names: dict[Any, Any]) -> Any:
+    """What is said of a variable of a trace: where it comes from, or the number that it is."""
+    return repr(v.val) if _is_literal(v) else names[v]

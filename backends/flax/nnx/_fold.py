@@ -50,7 +50,8 @@ def fold(model: Any, *inputs: Any, **keywords: Any) -> tuple[Any, Report]:
     The layer, an ``nnx.Linear`` or a convolution (grouped and transposed ones too), then has other
     weights and a bias, and the BatchNorm does nothing. Predictions are the same, up to rounding.
     Folded is only what is certain to be right: where, in eval mode, the output of the layer goes
-    to the BatchNorm alone, and each is called once and shares nothing.
+    to the BatchNorm alone, and each is called once and shares nothing. A model whose own code looks
+    at its layers, and would take another path without a BatchNorm, stays as it is.
 
     Args:
         model: any module. It is left as it is.
@@ -92,7 +93,20 @@ def fold(model: Any, *inputs: Any, **keywords: Any) -> tuple[Any, Report]:
             rows.append((name, "", str(why)))
         else:
             rows.append((name, before, ""))
+    done = {name for name, before, _ in rows if before}
+    if done and not _does_the_same(folded, calls, done, inputs, keywords):
+        # Which of them it looks at is not known.
+        folded = nnx.clone(model)
+        rows = [(name, "", why or _unfolded.LOOKED_AT) for name, _, why in rows]
     return folded, Report(_unfolded.HEADS, tuple(rows))
+
+
+def _does_the_same(folded: Any, calls: Calls, done: set[str], inputs: Any, keywords: Any) -> bool:
+    """Whether the model's own code, which may look at its layers, takes the same path as before."""
+    try:
+        return Calls(folded, inputs, keywords).steps(set()) == calls.steps(done)
+    except Exception:  # whatever a model raises that misses something
+        return False
 
 
 def _layer_before(name: str, norm: Any, calls: Calls) -> str:
@@ -136,6 +150,9 @@ def _layer_before(name: str, norm: Any, calls: Calls) -> str:
     x, y = call.invars[-1].aval, call.outvars[0].aval
     if x.dtype != y.dtype:
         raise ValueError(_unfolded.dtypes(before, x.dtype, y.dtype))
+    for variable in (layer.kernel, layer.bias):
+        if variable is not None and jnp.finfo(variable.dtype).bits < jnp.finfo(x.dtype).bits:
+            raise ValueError(_unfolded.narrow(before, variable.dtype, x.dtype))
     return before
 
 
