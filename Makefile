@@ -21,7 +21,7 @@ demo: $(READY)
 	$(BIN)/python docs/examples/digits.py
 
 test: $(READY)
-	@echo "== Half an hour or more on two cores. Keras on JAX and on PyTorch (Keras on TensorFlow runs with the rest)"
+	@echo "== Most of an hour on two cores. Keras on JAX and on PyTorch (Keras on TensorFlow runs with the rest)"
 	KERAS_BACKEND=jax $(PYTEST) tests/test_keras*.py
 	KERAS_BACKEND=torch $(PYTEST) tests/test_keras*.py
 	@echo "== All tests, on all backends"
