@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
+
 from harness import arrays, backends
 
 # Files about one framework, by how their names begin: for when it is chosen (or installed, if
@@ -18,6 +22,14 @@ collect_ignore_glob = [
     for files, backend in _ABOUT.items()
     if not any(name.startswith(backend) for name in backends.chosen())
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_functions_do_not_pile_up():
+    """Those that JAX keeps of a file of tests take gigabytes, and no other file needs them."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 def pytest_generate_tests(metafunc):
