@@ -8,6 +8,7 @@ import keras
 
 from normkit import _freeze
 
+from . import _portable
 from ._batch_norm import BatchNormalization
 from ._convert import _become, _layers, forget_compiled
 from ._instance_norm import InstanceNormalization
@@ -15,12 +16,6 @@ from ._masks import PROPAGATED
 
 Layer = keras.layers.Layer
 
-_KINDS = (
-    keras.layers.BatchNormalization,
-    keras.layers.LayerNormalization,
-    keras.layers.GroupNormalization,
-    keras.layers.RMSNormalization,
-)
 STATISTICS, PARAMETERS = _BOTH = ("statistics", "parameters")
 
 
@@ -149,7 +144,7 @@ def unfreeze(model: Layer, *, statistics: bool = True, parameters: bool = True) 
 def _set(model: Layer, statistics: bool, parameters: bool, *, frozen: bool) -> Layer:
     wanted = {}
     for layer in _layers(model):
-        if not isinstance(layer, _KINDS):
+        if not isinstance(layer, _portable.KINDS):
             continue
         remembers = _remembers(layer)
         if not (parameters or (statistics and remembers)):

@@ -6,11 +6,10 @@ from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from normkit import _freeze
 
-_KINDS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+from . import _portable
 
 
 def freeze(model: nn.Module, *, statistics: bool = True, parameters: bool = True) -> nn.Module:
@@ -65,7 +64,7 @@ def unfreeze(model: nn.Module, *, statistics: bool = True, parameters: bool = Tr
 def _set(model: nn.Module, statistics: bool, parameters: bool, *, frozen: bool) -> nn.Module:
     found = False
     for layer in model.modules():
-        if not isinstance(layer, _KINDS):
+        if not isinstance(layer, _portable.KINDS):
             continue
         if statistics and getattr(layer, "running_mean", None) is not None:
             found = True

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from normkit import _freeze
 
-_KINDS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm, nn.RMSNorm)
+from . import _portable
 
 
 def labels(
@@ -49,7 +49,7 @@ def labels(
     paths: set[tuple[str, ...]] = set()
 
     def see(next_call: Any, called_with: Any, keywords: Any, context: Any) -> Any:
-        if isinstance(context.module, _KINDS):
+        if isinstance(context.module, _portable.KINDS):
             paths.add(context.module.path)
         return next_call(*called_with, **keywords)
 

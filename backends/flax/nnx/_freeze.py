@@ -9,11 +9,11 @@ from jax import Array
 
 from normkit import _freeze
 
+from . import _portable
 from ._batch_norm import BatchNorm
 from ._convert import _become, _modules
 from ._instance_norm import InstanceNorm
 
-_KINDS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.RMSNorm)
 _MARK = "frozen"
 
 
@@ -140,7 +140,9 @@ def unfreeze(model: nnx.Module, *, statistics: bool = True, parameters: bool = T
 
 
 def _set(model: nnx.Module, statistics: bool, parameters: bool, *, frozen: bool) -> nnx.Module:
-    layers = [(path, layer) for path, layer in _modules(model) if isinstance(layer, _KINDS)]
+    layers = [
+        (path, layer) for path, layer in _modules(model) if isinstance(layer, _portable.KINDS)
+    ]
     remembering = [
         (path, layer) for path, layer in layers if getattr(layer, "mean", None) is not None
     ]
